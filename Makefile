@@ -1,0 +1,103 @@
+# `make help` lists what there is. Everything works from a clean clone: each target makes what it needs first.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# Debian's own interpreter where it is new enough: a version manager's costs more at every start.
+PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo /usr/bin/python3 || echo python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+
+CORE := $(wildcard shimcore/core/*.c)
+HEADERS := $(wildcard shimcore/core/*.h)
+CYTHON := $(wildcard shimcore/*.pyx shimcore/*.pxd)
+CFLAGS_CORE := -std=gnu11 -D_GNU_SOURCE= -Wall -Wextra -Werror -pthread -Ishimcore/core
+
+SHIM := containerd-shim-runc-v2-py
+ARGS ?=
+
+.PHONY: help deps build run test lint shim sanitize protos bench trials clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+deps: ## install what the machine lacks (Debian packages; Python packages into .venv)
+	@tools/deps
+	@$(MAKE) -s --no-print-directory $(VENV)/.deps
+
+# Only the dependencies: the package itself is built in place, and found through the .pth file.
+$(VENV)/.deps: pyproject.toml tools/requirements.py
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing Python packages into $(VENV)"
+	$(PY) tools/requirements.py pyproject.toml >$(VENV)/requirements.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r $(VENV)/requirements.txt
+	@echo "$(CURDIR)" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shimcore.pth"
+	@touch $@
+
+build: deps ## compile the C core and its two modules in place
+	@$(MAKE) -s --no-print-directory build/.built
+
+# Kept apart from `build`, so that make compares times only after deps has made the virtual environment.
+build/.built: setup.py $(CORE) $(HEADERS) $(CYTHON)
+	@mkdir -p build
+	@echo "compiling the core and its modules"
+	$(PY) setup.py -q build_clib build_ext --inplace
+	@touch $@
+
+run: build ## run a real container under our shim, without containerd, and say what happened
+	@$(PY) -m shimcore.install --dest build/shim
+	@$(PY) -m shimcore.rig run --shim build/shim/$(SHIM) $(ARGS)
+
+test: build ## all tests, those under the real containerd included (ARGS="-k name" chooses)
+	@$(PY) -m pytest $(ARGS)
+
+lint: deps ## ruff, mypy --strict, and the C core with warnings as errors
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy --strict shimcore
+	@$(PY) tools/gen_protos.py --check
+	@$(if $(CORE),$(CC) $(CFLAGS_CORE) -O2 -fsyntax-only $(CORE))
+
+shim: build ## make shim DEST=DIR: put an executable containerd-shim-runc-v2-py in DIR
+	@test -n "$(DEST)" || { echo "usage: make shim DEST=DIR" >&2; exit 2; }
+	@$(PY) -m shimcore.install --dest "$(DEST)"
+
+# Each tests/c/test_*.c is a program of its own, linked with the whole core; it passes if it exits with 0.
+SAN := build/sanitize
+SAN_FLAGS := $(CFLAGS_CORE) -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SAN_OBJECTS := $(CORE:shimcore/core/%.c=$(SAN)/core/%.o)
+SAN_TESTS := $(patsubst tests/c/%.c,$(SAN)/%,$(wildcard tests/c/test_*.c))
+
+$(SAN)/core/%.o: shimcore/core/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(SAN_FLAGS) -c $< -o $@
+
+$(SAN)/test_%: tests/c/test_%.c $(SAN_OBJECTS) $(wildcard tests/c/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(SAN_FLAGS) $< $(SAN_OBJECTS) -o $@
+
+.SECONDARY: $(SAN_OBJECTS)
+sanitize: ## the C core's own tests under the address and undefined-behaviour sanitisers
+	@tools/deps
+	@$(MAKE) -s --no-print-directory $(SAN)/.passed
+
+$(SAN)/.passed: $(SAN_TESTS)
+	@mkdir -p $(@D)
+	@test -n "$(SAN_TESTS)" || echo "no tests/c/test_*.c"
+	@failed=0; for one in $(SAN_TESTS); do \
+		if timeout 300 $$one; then echo "PASS $$one"; else echo "FAIL $$one"; failed=1; fi; \
+	done; exit $$failed
+
+protos: deps ## generate the protobuf modules from the .proto files in shimcore/protos
+	@$(PY) tools/gen_protos.py
+
+bench: build ## time our shim beside the stock one, in one run
+	@$(PY) -m shimcore.install --dest build/shim
+	@$(PY) benchmarks/lifecycle.py --shim build/shim/$(SHIM) $(ARGS)
+
+trials: build ## as test, with the bounds on time asserted too
+	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)
+
+clean: ## remove what was built, the virtual environment too
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -f shimcore/*.so shimcore/_reaper.c shimcore/_ttrpc.c
+	find shimcore tests benchmarks examples tools -name __pycache__ -prune -exec rm -rf {} +

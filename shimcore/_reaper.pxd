@@ -1,0 +1,182 @@
+# Declares only; the rules stand in core/*.h.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from "core/process.h" nogil:
+    ctypedef int pid_t
+    ctypedef struct sc_exit_status:
+        pid_t pid
+        int status
+        bint signaled
+    ctypedef struct sc_fd_map:
+        int child
+        int parent
+    ctypedef struct sc_spawn_args:
+        const char *path
+        char **argv
+        char **envp
+        const char *cwd
+        const sc_fd_map *fds
+        size_t nfds
+        bint new_session
+        bint new_group
+    enum:
+        SC_AT_FORK, SC_AT_CHDIR, SC_AT_FDS, SC_AT_EXEC
+    int sc_kernel_check()
+    int sc_set_subreaper(bint on)
+    int sc_get_subreaper()
+    int sc_pidfd_open(pid_t pid)
+    int sc_pidfd_send_signal(int pidfd, int sig)
+    int sc_raise_nofile(uint64_t *was, uint64_t *now)
+    int sc_reap_pidfd(int pidfd, sc_exit_status *out)
+    pid_t sc_spawn(const sc_spawn_args *args, int *pidfd, int *at)
+    int sc_mount_in(const char *cwd, const char *source, const char *target, const char *fstype, unsigned long flags,
+                    const void *data)
+    int64_t sc_now_mono()
+
+cdef extern from "core/buf.h" nogil:
+    ctypedef struct sc_buf:
+        uint8_t *p
+        size_t len
+    ctypedef struct sc_slice:
+        const uint8_t *p
+        size_t n
+
+cdef extern from "core/exits.h" nogil:
+    enum:
+        SC_NOTE_JOB, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST
+        SC_RESERVED, SC_OPENED, SC_BOUND, SC_EXITED, SC_TOLD, SC_DROPPED
+        SC_CREATED, SC_RUNNING, SC_STOPPED, SC_PAUSED, SC_PAUSING
+        SC_STAMPS
+    ctypedef struct sc_note:
+        sc_note *next
+        int kind
+        void *ptr
+        int64_t a
+        int64_t b
+        int64_t c
+    ctypedef struct sc_exit:
+        uint32_t pid
+        uint32_t status
+        int64_t exited_at
+    ctypedef struct sc_slot:
+        char *id
+        char *exec_id
+        void *cookie
+        sc_slot *hash_next
+    ctypedef struct sc_child:
+        pid_t pid
+    ctypedef struct sc_job:
+        sc_child child
+        sc_buf out
+        bint truncated
+        bint timed_out
+        int status
+        bint signaled
+        void *cookie
+    ctypedef struct sc_event:
+        pass
+    ctypedef struct sc_stamp:
+        char id[96]
+        char exec_id[96]
+        pid_t pid
+        int64_t reaped
+        int64_t recorded
+        int64_t sent
+        int64_t acked
+    ctypedef struct sc_stats:
+        uint64_t told, orphans, stolen, overdue, jobs, jobs_timed_out, events, acked, rejected, unsent, reconnects
+        uint64_t by_number, notes
+    ctypedef struct sc_event_list:
+        size_t count
+    ctypedef struct sc_outbox:
+        sc_event_list queue
+        sc_event_list flight
+    ctypedef struct sc_core:
+        bint tell_pids
+        sc_slot **slots
+        size_t slot_cap
+        size_t slot_count
+        sc_outbox outbox
+        sc_stamp *stamps
+        uint64_t stamp_count
+        sc_stats stats
+        int mailfd
+    ctypedef struct sc_slot_info:
+        int phase
+        int status
+        pid_t pid
+        sc_exit exit
+
+    sc_core *sc_core_new(const char *ns, const char *events_address)
+    void sc_core_free(sc_core *c)
+    int sc_core_signals(sc_core *c, bint sigchld)
+    int sc_core_run(sc_core *c)
+    void sc_core_stop(sc_core *c)
+    void sc_core_wake(sc_core *c)
+    int sc_core_drain(sc_core *c, int64_t timeout_ns)
+    void sc_lock(sc_core *c)
+    void sc_unlock(sc_core *c)
+    int sc_delay(sc_core *c, int64_t ns, void *cookie)
+    int sc_watch_pid(sc_core *c, pid_t pid)
+    void sc_post(sc_core *c, int kind, void *ptr, int64_t a, int64_t b, int64_t x)
+    sc_note *sc_take_notes(sc_core *c)
+    int sc_wait_notes(sc_core *c, int64_t timeout_ns)
+    sc_event *sc_event_new(sc_core *c, sc_slice topic, sc_slice type_url, sc_slice payload, const char *id,
+                           const char *exec_id)
+    void sc_outbox_push(sc_core *c, sc_event *e)
+    sc_job *sc_job_start(sc_core *c, const sc_spawn_args *args, size_t cap, int64_t timeout_ns, void *cookie, int *err,
+                         int *at)
+    void sc_job_take(sc_core *c, sc_job *j)
+
+    sc_slot *sc_slot_find(sc_core *c, const char *id, const char *exec_id)
+    void sc_slot_ref(sc_slot *s)
+    void sc_slot_unref(sc_slot *s)
+    int sc_slot_open_init(sc_core *c, const char *id, const uint8_t *state, size_t n, sc_slot **out)
+    int sc_slot_reserve(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n, sc_slot **out)
+    int sc_slot_open(sc_slot *s)
+    int sc_slot_bind(sc_slot *s, pid_t pid)
+    int sc_slot_announce(sc_slot *s, sc_event *e)
+    int sc_slot_hold(sc_slot *s)
+    int sc_slot_release(sc_slot *s, sc_event *e)
+    int sc_slot_set_status(sc_slot *s, int status)
+    int sc_slot_set_kill_rest(sc_slot *s, const char *procs, int64_t bound_ns)
+    int sc_slot_drop(sc_slot *s)
+    int sc_slot_forget(sc_slot *s)
+    int sc_slot_kill(sc_slot *s, int sig)
+    void sc_slot_info_get(sc_slot *s, sc_slot_info *out)
+    int sc_cgroup_signal(const char *procs, int sig)
+
+cdef class Slot
+cdef class Job
+
+cdef class Core:
+    cdef sc_core *p          # freed with this object
+    cdef public object pool  # what jobs.in_pool submits to
+    cdef object __weakref__
+    cdef dict all            # (container_id, exec_id) -> Slot: what stands in the table
+    cdef Slot wrap(self, sc_slot *p, container_id, exec_id)
+    cdef forgotten(self, Slot s)
+    cdef sc_event *event(self, topic, type_url, bytes payload, const char *id, const char *exec_id) except? NULL
+    cpdef list take(self)
+    cdef told(self, sc_slot *p, list out)
+    cdef Job job_ended(self, sc_job *p)
+
+cdef class JobResult:
+    cdef readonly int pid
+    cdef readonly int status
+    cdef readonly bint signaled
+    cdef readonly bytes output
+    cdef readonly bint truncated
+    cdef readonly bint timed_out
+
+cdef class Job:
+    cdef public object cookie
+    cdef JobResult value
+
+cdef class Slot:
+    cdef sc_slot *p  # a reference
+    cdef Core core
+    cdef readonly str container_id
+    cdef readonly str exec_id
+    cdef public object cookie
+    cdef sc_slot_info info(self) noexcept

@@ -1,0 +1,190 @@
+"""The core's processes and exits as Python sees them: subreaper, spawn with an fd map, pidfds, the exit thread, the exit table, runtime jobs.
+
+Every function that enters a system call raises `OSError` with the call's name in `strerror`'s place (`exc.filename` is the syscall).
+Rules of the exit table come from shimcore/core/exits.h, which states them; ids are compared byte for byte.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+# Note kinds, first element of what Core.notes() returns
+NOTE_JOB: Final[int]  # (NOTE_JOB, job): a runtime job has ended; job.result() answers
+NOTE_TIMER: Final[int]  # (NOTE_TIMER, cookie)
+NOTE_TOLD: Final[int]  # (NOTE_TOLD, slot): the slot's exit was told
+NOTE_PID: Final[int]  # (NOTE_PID, pid, exit_status, exited_at_ns): a watched pid, or a slot's pid, was reaped
+NOTE_SIGNAL: Final[int]  # (NOTE_SIGNAL, signum): SIGTERM, SIGINT, SIGPIPE or SIGUSR1 came in
+NOTE_POST: Final[int]  # (NOTE_POST, callable): run it on the consuming thread
+
+# Phases of a slot, in the order of its life
+RESERVED: Final[int]
+OPENED: Final[int]
+BOUND: Final[int]
+EXITED: Final[int]
+TOLD: Final[int]
+DROPPED: Final[int]
+
+# Task status on the wire (containerd.v1.types.Status)
+CREATED: Final[int]
+RUNNING: Final[int]
+STOPPED: Final[int]
+PAUSED: Final[int]
+PAUSING: Final[int]
+
+def kernel_check() -> None:
+    """Raise OSError(ENOSYS) with one clear line when the kernel has no pidfd_open or waitid(P_PIDFD) (Linux 5.4)."""
+
+def set_subreaper(enable: bool = True) -> None:
+    """Make this process the parent of its orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+
+def get_subreaper() -> bool:
+    """Whether this process is a subreaper (PR_GET_CHILD_SUBREAPER)."""
+
+def raise_nofile() -> tuple[int, int]:
+    """Raise the soft RLIMIT_NOFILE to the hard limit; children spawned by this module get the old soft limit back.
+
+    Returns (old soft, new soft)."""
+
+def spawn(
+    argv: Sequence[str | bytes],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    fds: Mapping[int, int] | None = None,
+    new_session: bool = False,
+    new_group: bool = False,
+) -> tuple[int, int]:
+    """Start argv[0] (an absolute path, or looked up on PATH) and return (pid, pidfd); the caller closes the pidfd.
+
+    fds maps the child's fd numbers to ours; any permutation will do. Of 0, 1 and 2 those not named are /dev/null; nothing
+    else is inherited. The child has an empty signal mask, default dispositions and the original RLIMIT_NOFILE.
+    Raises OSError with the errno of the failed exec or chdir. env None: our environment.
+    """
+
+def pidfd_open(pid: int) -> int: ...
+def pidfd_send_signal(pidfd: int, signum: int) -> None: ...
+def wait_pidfd(pidfd: int) -> int | None:
+    """The exit status of a child that has ended (reaping it), or None: it has not. Raises ChildProcessError."""
+
+def cgroup_signal(procs: str, signum: int) -> int:
+    """Signal every process of a cgroup.procs file and of those below its folder, through pidfds. Returns how many."""
+
+def mount(source: bytes | None, target: bytes, fstype: bytes | None, flags: int, data: bytes | None) -> None: ...
+def mount_in(cwd: bytes, source: bytes | None, target: bytes, fstype: bytes | None, flags: int, data: bytes | None) -> None:
+    """mount(2) from a forked child whose cwd is `cwd` (for overlay options that must stay under a page)."""
+
+def umount2(target: bytes, flags: int) -> None: ...
+def exit_code(status: int) -> int:
+    """A wait status as the exit status that containerd is told: the code, or 128 + signal."""
+
+class ExitSignal:
+    """Sticky signal from whoever ends the shim to everyone who waits for that; one lock-free flag and a futex."""
+
+    def signal(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until signalled; timeout in seconds. Returns whether it was signalled. Many threads may wait."""
+    def is_set(self) -> bool: ...
+
+class Slot:
+    """One process of the exit table: a container's init (exec_id "") or an exec.
+
+    Life: reserved -> opened -> bound -> exited -> told, or dropped. Made by Core.open and Core.reserve only."""
+
+    container_id: str
+    exec_id: str
+    cookie: Any  # whatever the service keeps here
+    @property
+    def phase(self) -> int: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def exit_status(self) -> int: ...
+    @property
+    def exited_at(self) -> int:
+        """Wall-clock ns since the epoch at which the exit was reaped; 0 before."""
+    def open(self) -> None:
+        """reserved -> opened: call before the process is made. Raises FailedPrecondition when the container's init has exited."""
+    def bind(self, pid: int) -> None:
+        """opened -> bound: this pid is the slot's process, dead or alive. Raises OSError(ESRCH) when no such child exists."""
+    def announce(self, topic: str = "", type_url: str = "", payload: bytes = b"") -> None:
+        """Queue the event that makes this process known (TaskCreate, TaskExecStarted) and allow its exit to be told after it."""
+    def hold(self) -> None:
+        """Hold the telling of an exit back (counted) until release(): Start holds init from runc start to TaskStart."""
+    def release(self, topic: str = "", type_url: str = "", payload: bytes = b"") -> None:
+        """Queue an event, if one is given, then let go of one hold."""
+    def set_status(self, status: int) -> None:
+        """What State answers while the exit is not told (CREATED, RUNNING, PAUSED, PAUSING)."""
+    def set_kill_rest(self, cgroup_procs: str, timeout: float = 10.0) -> None:
+        """Init only: no private pid namespace; at its exit kill what is left in this cgroup.procs file (and below its folder)."""
+    def drop(self) -> None:
+        """The runtime failed and there is no process: parked Waits are answered with 255, no exit is told. After bind: no-op."""
+    def forget(self) -> None:
+        """Take the slot out of the table (Delete); FailedPrecondition unless told, dropped or reserved. Init: its execs go too."""
+    def kill(self, signum: int) -> None:
+        """Signal through the pidfd. NotFound when exited (told or not), FailedPrecondition when there is no process yet."""
+
+class JobResult:
+    pid: int
+    status: int  # exit code, or 128 + signal; 255 when it could not be learnt
+    signaled: bool
+    output: bytes  # stdout and stderr together, at most cap bytes
+    truncated: bool
+    timed_out: bool
+
+class Job:
+    cookie: Any
+    def result(self) -> JobResult: ...
+
+class Core:
+    """The exit thread and all that it owns. One per process in a shim; tests make as many as they like.
+
+    namespace: containerd namespace for the events' envelope. events_address: TTRPC_ADDRESS, a plain socket path ("" = nowhere).
+    """
+
+    pool: Any  # what jobs.in_pool submits to: an object with submit(callable)
+    def __init__(self, namespace: str = "", events_address: str = "") -> None: ...
+    def install_signals(self, sigchld: bool = True) -> None:
+        """Handlers (no blocking of signals) for SIGCHLD, SIGTERM, SIGINT, SIGPIPE, SIGUSR1. One Core per process may have them."""
+    def run(self) -> None:
+        """Be the exit thread until stop(): call it on the thread-group leader; it releases the GIL for good."""
+    def stop(self) -> None: ...
+    def drain(self, timeout: float) -> bool:
+        """Wait until the outbox is empty (every event acknowledged), at most timeout seconds."""
+    def open(self, container_id: str, state: bytes = b"") -> Slot:
+        """Open init's slot of a new container, before the runtime is asked. state: the constant fields of its StateResponse,
+        serialized. Raises AlreadyExists."""
+    def reserve(self, container_id: str, exec_id: str, state: bytes = b"") -> Slot:
+        """Reserve an exec id. Raises NotFound (no such container) or AlreadyExists."""
+    def find(self, container_id: str, exec_id: str = "") -> Slot | None: ...
+    def slots(self) -> list[Slot]: ...
+    def publish(self, topic: str, type_url: str, payload: bytes, container_id: str = "", exec_id: str = "") -> None:
+        """Queue an event for containerd, in order. container_id and exec_id are the key within which order is kept end to end."""
+    def watch(self, pid: int) -> None:
+        """Own a child that is no task's process: it is waited for by pidfd and comes back as NOTE_PID."""
+    def job(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        timeout: float,
+        cap: int = 65536,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        fds: Mapping[int, int] | None = None,
+        cookie: Any = None,
+    ) -> Job:
+        """Start a runtime call. Of 0, 1 and 2 those not in fds: 0 is /dev/null, 1 and 2 are captured together up to cap bytes.
+        At the deadline (timeout, seconds) its process group is SIGKILLed. Ends as a NOTE_JOB."""
+    def timer(self, seconds: float, cookie: Any) -> None: ...
+    def post(self, callable: Any) -> None: ...
+    tell_pids: bool  # whether every reaped child, orphans included, comes back as NOTE_PID
+    @property
+    def notes_fd(self) -> int:
+        """Readable when there are notes (eventfd)."""
+    def take(self) -> list[tuple[Any, ...]]:
+        """The notes that are there, without waiting."""
+    def notes(self, timeout: float | None = None) -> list[tuple[Any, ...]]:
+        """Block for notes and take them all; for a process with no RPC thread. timeout in seconds, None: no limit."""
+    def stats(self) -> dict[str, int]: ...
+    def stamps(self) -> list[tuple[str, str, int, int, int, int, int]]:
+        """The last exits told: (container_id, exec_id, pid, reaped, recorded, sent, acknowledged), ns of CLOCK_MONOTONIC, 0 = not yet."""

@@ -1,0 +1,690 @@
+# cython: language_level=3, freethreading_compatible=True, binding=False, embedsignature=False
+"""See _reaper.pyi. Every call into the core lets the interpreter's lock go first: nobody waits for a core lock holding it."""
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+import os
+
+from .errors import AlreadyExists, FailedPrecondition, NotFound
+
+cdef extern from "<errno.h>" nogil:
+    int errno
+    enum:
+        EBUSY, EEXIST, EINTR, EINVAL, ENOENT, ENOEXEC, ENOSYS, ESRCH, EACCES, ENOMEM
+
+cdef extern from "<sys/mount.h>" nogil:
+    int c_mount "mount"(const char *source, const char *target, const char *fstype, unsigned long flags, const void *data)
+    int c_umount2 "umount2"(const char *target, int flags)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    ctypedef struct pthread_condattr_t:
+        pass
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int pthread_mutex_init(pthread_mutex_t *m, void *attr)
+    int pthread_mutex_lock(pthread_mutex_t *m)
+    int pthread_mutex_unlock(pthread_mutex_t *m)
+    int pthread_cond_init(pthread_cond_t *c, pthread_condattr_t *attr)
+    int pthread_condattr_init(pthread_condattr_t *attr)
+    int pthread_condattr_setclock(pthread_condattr_t *attr, int clock)
+    int pthread_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
+    int pthread_cond_timedwait(pthread_cond_t *c, pthread_mutex_t *m, const timespec *until)
+    int pthread_cond_broadcast(pthread_cond_t *c)
+    enum:
+        CLOCK_MONOTONIC
+
+NOTE_JOB = SC_NOTE_JOB
+NOTE_TIMER = SC_NOTE_TIMER
+NOTE_TOLD = SC_NOTE_TOLD
+NOTE_PID = SC_NOTE_PID
+NOTE_SIGNAL = SC_NOTE_SIGNAL
+NOTE_POST = SC_NOTE_POST
+RESERVED = SC_RESERVED
+OPENED = SC_OPENED
+BOUND = SC_BOUND
+EXITED = SC_EXITED
+TOLD = SC_TOLD
+DROPPED = SC_DROPPED
+CREATED = SC_CREATED
+RUNNING = SC_RUNNING
+STOPPED = SC_STOPPED
+PAUSED = SC_PAUSED
+PAUSING = SC_PAUSING
+
+
+cdef failed(int err, str call):
+    """OSError with the system call's name where a file's would stand."""
+    return OSError(err, os.strerror(err), call)
+
+
+cdef int checked(int r, str call) except -1:
+    if r < 0:
+        raise failed(-r, call)
+    return r
+
+
+def kernel_check():
+    if sc_kernel_check() == -ENOSYS:
+        raise OSError(ENOSYS, f"shimcore needs Linux 5.4 or newer (pidfd_open, waitid(P_PIDFD)); this is {os.uname().release}")
+
+
+def set_subreaper(enable=True):
+    checked(sc_set_subreaper(bool(enable)), "prctl")
+
+
+def get_subreaper():
+    return bool(checked(sc_get_subreaper(), "prctl"))
+
+
+def raise_nofile():
+    cdef uint64_t was = 0, now = 0
+    checked(sc_raise_nofile(&was, &now), "setrlimit")
+    return was, now
+
+
+def pidfd_open(pid_t pid):
+    return checked(sc_pidfd_open(pid), "pidfd_open")
+
+
+def pidfd_send_signal(int pidfd, int signum):
+    checked(sc_pidfd_send_signal(pidfd, signum), "pidfd_send_signal")
+
+
+def wait_pidfd(int pidfd):
+    """The exit status of a child that has ended, or None: it has not. Raises ChildProcessError."""
+    cdef sc_exit_status st
+    return st.status if checked(sc_reap_pidfd(pidfd, &st), "waitid") else None
+
+
+def exit_code(int status):
+    cdef int sig = status & 0x7f
+    return 128 + sig if sig else (status >> 8) & 0xff
+
+
+def mount(source, target, fstype, unsigned long flags, data):
+    cdef const char *s = NULL if source is None else <char *>source
+    cdef const char *t = target
+    cdef const char *f = NULL if fstype is None else <char *>fstype
+    cdef const char *d = NULL if data is None else <char *>data
+    cdef int r
+    with nogil:
+        r = c_mount(s, t, f, flags, d)
+        if r < 0:
+            r = -errno
+    checked(r, "mount")
+
+
+def mount_in(cwd, source, target, fstype, unsigned long flags, data):
+    cdef const char *w = cwd
+    cdef const char *s = NULL if source is None else <char *>source
+    cdef const char *t = target
+    cdef const char *f = NULL if fstype is None else <char *>fstype
+    cdef const char *d = NULL if data is None else <char *>data
+    cdef int r
+    with nogil:
+        r = sc_mount_in(w, s, t, f, flags, d)
+    checked(r, "mount")
+
+
+def umount2(target, int flags):
+    cdef const char *t = target
+    cdef int r
+    with nogil:
+        r = c_umount2(t, flags)
+        if r < 0:
+            r = -errno
+    checked(r, "umount2")
+
+
+def cgroup_signal(procs, int signum):
+    """Signal every process of a cgroup.procs file and of those below its folder, through pidfds. Returns how many."""
+    cdef bytes path = os.fsencode(procs)
+    cdef const char *p = path
+    cdef int n
+    with nogil:
+        n = sc_cgroup_signal(p, signum)
+    return n
+
+
+cdef class SpawnArgs:
+    """argv, environment and fd map as C wants them; keeps their memory."""
+
+    cdef sc_spawn_args a
+    cdef list keep
+    cdef sc_fd_map *maps
+
+    def __cinit__(self):
+        self.maps = NULL
+
+    def __dealloc__(self):
+        free(<void *>self.a.argv)
+        free(<void *>self.a.envp)
+        free(self.maps)
+
+    cdef char **strings(self, list items) except NULL:
+        cdef char **out = <char **>malloc((len(items) + 1) * sizeof(char *))
+        cdef Py_ssize_t i
+        if out == NULL:
+            raise MemoryError
+        for i, item in enumerate(items):
+            out[i] = <char *><bytes>item
+        out[len(items)] = NULL
+        self.keep.append(items)
+        return out
+
+
+cdef bytes encoded(item):
+    cdef bytes b = os.fsencode(item)
+    if 0 in b:
+        raise ValueError("embedded null byte")
+    return b
+
+
+cdef bytes resolve(bytes name, env):
+    if b"/" in name:
+        return name
+    path = (env if env is not None else os.environ).get("PATH", os.defpath)
+    for folder in path.split(":"):
+        candidate = os.path.join(os.fsencode(folder or "."), name)
+        if os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
+            return candidate
+    raise FileNotFoundError(ENOENT, "executable file not found in PATH", os.fsdecode(name))
+
+
+cdef SpawnArgs spawn_args(argv, env, cwd, fds, bint new_session, bint new_group):
+    cdef SpawnArgs s = SpawnArgs()
+    cdef bytes path, where
+    s.keep = []
+    args = [encoded(a) for a in argv]
+    if not args:
+        raise ValueError("argv is empty")
+    path = resolve(args[0], env)
+    s.keep.append(path)
+    s.a.path = path
+    s.a.argv = s.strings(args)
+    if env is None:
+        s.a.envp = s.strings([encoded(f"{k}={v}") for k, v in os.environ.items()])
+    else:
+        s.a.envp = s.strings([encoded(f"{k}={v}") for k, v in env.items()])
+    if cwd is not None:
+        where = encoded(cwd)
+        s.keep.append(where)
+        s.a.cwd = where
+    fds = fds or {}
+    s.maps = <sc_fd_map *>malloc((len(fds) + 1) * sizeof(sc_fd_map))
+    if s.maps == NULL:
+        raise MemoryError
+    for child, parent in fds.items():
+        if child < 0 or parent < 0:
+            raise ValueError(f"fd map {child} -> {parent}: negative")
+        s.maps[s.a.nfds].child = child
+        s.maps[s.a.nfds].parent = parent
+        s.a.nfds += 1
+    s.a.fds = s.maps
+    s.a.new_session = new_session
+    s.a.new_group = new_group
+    return s
+
+
+cdef raise_spawn(int err, int at, argv, cwd):
+    if at == SC_AT_EXEC:
+        raise OSError(err, f"exec: {os.strerror(err)}", os.fsdecode(argv[0]))
+    if at == SC_AT_CHDIR:
+        raise OSError(err, f"chdir: {os.strerror(err)}", cwd)
+    raise failed(err, "dup2" if at == SC_AT_FDS else "clone")
+
+
+def spawn(argv, *, env=None, cwd=None, fds=None, new_session=False, new_group=False):
+    cdef SpawnArgs s = spawn_args(argv, env, cwd, fds, new_session, new_group)
+    cdef int pidfd = -1, at = 0
+    cdef pid_t pid
+    with nogil:
+        pid = sc_spawn(&s.a, &pidfd, &at)
+    if pid < 0:
+        raise_spawn(-pid, at, argv, cwd)
+    return pid, pidfd
+
+
+cdef class ExitSignal:
+    cdef pthread_mutex_t lock
+    cdef pthread_cond_t cond
+    cdef bint on
+
+    def __cinit__(self):
+        cdef pthread_condattr_t attr
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_condattr_init(&attr)
+        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC)
+        pthread_cond_init(&self.cond, &attr)
+
+    def signal(self):
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.on = True
+            pthread_cond_broadcast(&self.cond)
+            pthread_mutex_unlock(&self.lock)
+
+    def is_set(self):
+        return self.on
+
+    def wait(self, timeout=None):
+        cdef timespec until
+        cdef bint limited = timeout is not None, set
+        cdef int r = 0
+        cdef int64_t when = 0
+        if limited:
+            when = sc_now_mono() + <int64_t>(min(max(float(timeout), 0.0), 1e9) * 1e9)
+        until.tv_sec = when // 1000000000
+        until.tv_nsec = when % 1000000000
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            while not self.on and r == 0:
+                if limited:
+                    r = pthread_cond_timedwait(&self.cond, &self.lock, &until)
+                else:
+                    r = pthread_cond_wait(&self.cond, &self.lock)
+            set = self.on
+            pthread_mutex_unlock(&self.lock)
+        return set
+
+
+cdef class JobResult:
+    def __repr__(self):
+        return (f"JobResult(pid={self.pid}, status={self.status}, timed_out={bool(self.timed_out)}, "
+                f"output={self.output!r})")
+
+
+cdef class Job:
+    def result(self):
+        if self.value is None:
+            raise ValueError("the job has not ended")
+        return self.value
+
+
+cdef class Slot:
+    def __dealloc__(self):
+        if self.p != NULL:
+            sc_slot_unref(self.p)
+
+    def __repr__(self):
+        return f"Slot({self.container_id!r}, {self.exec_id!r}, phase={self.phase}, pid={self.pid})"
+
+    cdef sc_slot_info info(self) noexcept:
+        cdef sc_slot_info i
+        with nogil:
+            sc_slot_info_get(self.p, &i)
+        return i
+
+    @property
+    def phase(self):
+        return self.info().phase
+
+    @property
+    def pid(self):
+        return self.info().pid
+
+    @property
+    def status(self):
+        return self.info().status
+
+    @property
+    def exit_status(self):
+        return self.info().exit.status
+
+    @property
+    def exited_at(self):
+        return self.info().exit.exited_at
+
+    def open(self):
+        cdef int r
+        with nogil:
+            r = sc_slot_open(self.p)
+        if r == -ESRCH:
+            raise FailedPrecondition(f"container {self.container_id}: init has exited")
+        if r < 0:
+            raise FailedPrecondition(f"exec {self.exec_id} of container {self.container_id} was started before")
+
+    def bind(self, pid_t pid):
+        cdef int r
+        with nogil:
+            r = sc_slot_bind(self.p, pid)
+        if r < 0:
+            raise failed(-r, "bind")
+
+    def announce(self, topic="", type_url="", payload=b""):
+        cdef sc_event *e = self.core.event(topic, type_url, payload, self.p.id, self.p.exec_id)
+        with nogil:
+            sc_slot_announce(self.p, e)
+
+    def hold(self):
+        with nogil:
+            sc_slot_hold(self.p)
+
+    def release(self, topic="", type_url="", payload=b""):
+        cdef sc_event *e = self.core.event(topic, type_url, payload, self.p.id, self.p.exec_id)
+        with nogil:
+            sc_slot_release(self.p, e)
+
+    def set_status(self, int status):
+        with nogil:
+            sc_slot_set_status(self.p, status)
+
+    def set_kill_rest(self, cgroup_procs, double timeout=10.0):
+        cdef bytes path = os.fsencode(cgroup_procs)
+        cdef const char *p = path
+        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        with nogil:
+            sc_slot_set_kill_rest(self.p, p, ns)
+
+    def drop(self):
+        with nogil:
+            sc_slot_drop(self.p)
+
+    def forget(self):
+        cdef int r
+        with nogil:
+            r = sc_slot_forget(self.p)
+        if r < 0:
+            raise FailedPrecondition(f"container {self.container_id}: a process is still running")
+        self.core.forgotten(self)
+
+    def kill(self, int signum):
+        cdef int r
+        with nogil:
+            r = sc_slot_kill(self.p, signum)
+        if r == -ESRCH:
+            raise NotFound("process already finished")
+        if r == -EINVAL and self.info().pid == 0:
+            raise FailedPrecondition("process not created")
+        checked(r, "pidfd_send_signal")
+
+
+cdef class Core:
+    """The exit thread and what it owns; see core/core.h."""
+
+    def __cinit__(self, namespace="", events_address=""):
+        self.all = {}
+        self.p = sc_core_new(os.fsencode(namespace), os.fsencode(events_address))
+        if self.p == NULL:
+            raise failed(errno or ENOMEM, "epoll_create1")
+
+    def __dealloc__(self):
+        if self.p != NULL:
+            sc_core_free(self.p)
+
+    def install_signals(self, sigchld=True):
+        cdef int r = sc_core_signals(self.p, bool(sigchld))
+        if r == -EBUSY:
+            raise RuntimeError("another Core of this process has the signal handlers")
+        checked(r, "sigaction")
+
+    def run(self):
+        cdef int r
+        with nogil:
+            r = sc_core_run(self.p)
+        checked(r, "epoll_wait")
+
+    def stop(self):
+        sc_core_stop(self.p)
+
+    def drain(self, double timeout):
+        cdef int r
+        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        with nogil:
+            r = sc_core_drain(self.p, ns)
+        return bool(r)
+
+    @property
+    def tell_pids(self):
+        """Whether every reaped child, orphans included, comes back as NOTE_PID."""
+        return bool(self.p.tell_pids)
+
+    @tell_pids.setter
+    def tell_pids(self, on):
+        self.p.tell_pids = bool(on)
+
+    @property
+    def notes_fd(self):
+        """Readable when there are notes (eventfd)."""
+        return self.p.mailfd
+
+    # ---- slots ----
+
+    cdef Slot wrap(self, sc_slot *p, container_id, exec_id):
+        cdef Slot s = Slot.__new__(Slot)
+        s.p = p
+        s.core = self
+        s.container_id = container_id
+        s.exec_id = exec_id
+        self.all[(container_id, exec_id)] = s
+        return s
+
+    def open(self, container_id, bytes state=b""):
+        cdef bytes id = container_id.encode()
+        cdef const char *c = id
+        cdef const uint8_t *st = <const uint8_t *><const char *>state
+        cdef size_t n = len(state)
+        cdef sc_slot *p = NULL
+        cdef int r
+        with nogil:
+            r = sc_slot_open_init(self.p, c, st, n, &p)
+        if r == -EEXIST:
+            raise AlreadyExists(f"container {container_id} already exists")
+        checked(r, "malloc")
+        return self.wrap(p, container_id, "")
+
+    def reserve(self, container_id, exec_id, bytes state=b""):
+        cdef bytes id = container_id.encode(), ex = exec_id.encode()
+        cdef const char *c = id
+        cdef const char *e = ex
+        cdef const uint8_t *st = <const uint8_t *><const char *>state
+        cdef size_t n = len(state)
+        cdef sc_slot *p = NULL
+        cdef int r
+        with nogil:
+            r = sc_slot_reserve(self.p, c, e, st, n, &p)
+        if r == -ENOENT:
+            raise NotFound(f"container {container_id} not found")
+        if r == -EEXIST:
+            raise AlreadyExists(f"exec {exec_id} of container {container_id} already exists")
+        if r == -EINVAL:
+            raise ValueError("exec_id is empty")
+        checked(r, "malloc")
+        return self.wrap(p, container_id, exec_id)
+
+    def find(self, container_id, exec_id=""):
+        return self.all.get((container_id, exec_id))
+
+    def slots(self):
+        return list(self.all.values())
+
+    cdef forgotten(self, Slot s):
+        if self.all.get((s.container_id, s.exec_id)) is not s:
+            return
+        del self.all[(s.container_id, s.exec_id)]
+        if not s.exec_id:
+            for key in [k for k in self.all if k[0] == s.container_id]:
+                del self.all[key]
+
+    # ---- events ----
+
+    cdef sc_event *event(self, topic, type_url, bytes payload, const char *id, const char *exec_id) except? NULL:
+        cdef sc_slice t, u, v
+        cdef bytes topic_b, url_b
+        cdef sc_event *e
+        if not topic:
+            return NULL
+        topic_b = topic.encode()
+        url_b = type_url.encode()
+        t.p, t.n = <const uint8_t *><const char *>topic_b, len(topic_b)
+        u.p, u.n = <const uint8_t *><const char *>url_b, len(url_b)
+        v.p, v.n = <const uint8_t *><const char *>payload, len(payload)
+        e = sc_event_new(self.p, t, u, v, id, exec_id)
+        if e == NULL:
+            raise ValueError(f"event of {len(payload)} bytes: a ttrpc message has at most 4194304")
+        return e
+
+    def publish(self, topic, type_url, bytes payload, container_id="", exec_id=""):
+        cdef bytes id = container_id.encode(), ex = exec_id.encode()
+        cdef sc_event *e = self.event(topic, type_url, payload, id, ex)
+        if e == NULL:
+            raise ValueError("topic is empty")
+        with nogil:
+            sc_lock(self.p)
+            sc_outbox_push(self.p, e)
+            sc_unlock(self.p)
+            sc_core_wake(self.p)
+
+    # ---- children and jobs ----
+
+    def watch(self, pid_t pid):
+        cdef int r
+        with nogil:
+            r = sc_watch_pid(self.p, pid)
+        checked(r, "pidfd_open")
+
+    def job(self, argv, *, double timeout, size_t cap=65536, env=None, cwd=None, fds=None, cookie=None):
+        cdef SpawnArgs s = spawn_args(argv, env, cwd, fds, False, True)
+        cdef Job j = Job()
+        cdef sc_job *p
+        cdef int err = 0, at = 0
+        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        j.cookie = cookie
+        Py_INCREF(j)  # the note's
+        with nogil:
+            p = sc_job_start(self.p, &s.a, cap, ns, <void *>j, &err, &at)
+        if p == NULL:
+            Py_DECREF(j)
+            raise_spawn(err, at, argv, cwd)
+        return j
+
+    def timer(self, double seconds, cookie):
+        cdef int r
+        cdef int64_t ns = <int64_t>(seconds * 1e9)
+        Py_INCREF(cookie)
+        with nogil:
+            r = sc_delay(self.p, ns, <void *>cookie)
+        if r < 0:
+            Py_DECREF(cookie)
+            raise MemoryError
+
+    def post(self, callable):
+        Py_INCREF(callable)
+        with nogil:
+            sc_post(self.p, SC_NOTE_POST, <void *>callable, 0, 0, 0)
+
+    # ---- notes ----
+
+    cpdef list take(self):
+        """The notes that are there, without waiting."""
+        cdef sc_note *n
+        cdef sc_note *next
+        cdef list out = []
+        with nogil:
+            n = sc_take_notes(self.p)
+        while n != NULL:
+            next = n.next
+            if n.kind == SC_NOTE_JOB:
+                out.append((n.kind, self.job_ended(<sc_job *>n.ptr)))
+            elif n.kind == SC_NOTE_TIMER or n.kind == SC_NOTE_POST:
+                out.append((n.kind, <object>n.ptr))
+                Py_DECREF(<object>n.ptr)
+            elif n.kind == SC_NOTE_TOLD:
+                self.told(<sc_slot *>n.ptr, out)
+            elif n.kind == SC_NOTE_PID:
+                out.append((n.kind, n.a, n.b, n.c))
+            else:
+                out.append((n.kind, n.a))
+            free(n)
+            n = next
+        return out
+
+    cdef told(self, sc_slot *p, list out):
+        cdef bytes id = p.id, exec_id = p.exec_id
+        cdef Slot s = self.all.get((id.decode(), exec_id.decode()))
+        if s is not None and s.p == p:
+            out.append((SC_NOTE_TOLD, s))
+        with nogil:
+            sc_slot_unref(p)
+
+    cdef Job job_ended(self, sc_job *p):
+        cdef Job j = <Job><object>p.cookie
+        cdef JobResult r = JobResult.__new__(JobResult)
+        r.pid = p.child.pid
+        r.status = p.status
+        r.signaled = p.signaled
+        r.output = (<const char *>p.out.p)[:p.out.len] if p.out.len else b""
+        r.truncated = p.truncated
+        r.timed_out = p.timed_out
+        j.value = r
+        with nogil:
+            sc_job_take(self.p, p)
+        Py_DECREF(j)
+        return j
+
+    def notes(self, timeout=None):
+        cdef int64_t left = -1, until = 0
+        cdef int r
+        if timeout is not None:
+            until = sc_now_mono() + <int64_t>(float(timeout) * 1e9)
+        while True:
+            out = self.take()
+            if out:
+                return out
+            if timeout is not None:
+                left = until - sc_now_mono()
+                if left <= 0:
+                    return out
+            with nogil:
+                r = sc_wait_notes(self.p, left)
+            if r == -EINTR:
+                PyErr_CheckSignals()
+
+    # ---- figures ----
+
+    def stats(self):
+        cdef sc_stats s
+        cdef size_t queue, flight, slots
+        with nogil:
+            sc_lock(self.p)
+            s = self.p.stats
+            queue = self.p.outbox.queue.count
+            flight = self.p.outbox.flight.count
+            slots = self.p.slot_count
+            sc_unlock(self.p)
+        return {
+            "told": s.told, "orphans": s.orphans, "stolen": s.stolen, "overdue": s.overdue, "jobs": s.jobs,
+            "jobs_timed_out": s.jobs_timed_out, "events": s.events, "acknowledged": s.acked, "rejected": s.rejected,
+            "unsent": s.unsent, "connections": s.reconnects, "by_number": s.by_number, "notes": s.notes,
+            "queued": queue, "in_flight": flight, "slots": slots,
+        }
+
+    def stamps(self):
+        cdef list out = []
+        cdef sc_stamp *copy = <sc_stamp *>malloc(SC_STAMPS * sizeof(sc_stamp))
+        cdef uint64_t count = 0, first, i
+        if copy == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                sc_lock(self.p)
+                if self.p.stamps != NULL:
+                    count = self.p.stamp_count
+                    memcpy(copy, self.p.stamps, SC_STAMPS * sizeof(sc_stamp))
+                sc_unlock(self.p)
+            first = count - SC_STAMPS if count > SC_STAMPS else 0
+            for i in range(first, count):
+                s = &copy[i % SC_STAMPS]
+                out.append((s.id.decode(errors="replace"), s.exec_id.decode(errors="replace"), s.pid, s.reaped,
+                            s.recorded, s.sent, s.acked))
+        finally:
+            free(copy)
+        return out

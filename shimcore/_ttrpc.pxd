@@ -1,0 +1,53 @@
+# Declares only; the rules stand in core/server.h.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+
+from ._reaper cimport sc_core, sc_slice
+
+cdef extern from "core/server.h" nogil:
+    ctypedef struct sc_server:
+        pass
+    ctypedef struct sc_conn:
+        int pid
+        int uid
+        int gid
+    ctypedef struct sc_call:
+        sc_conn *conn
+        uint32_t stream
+        int method
+        bint done
+        bint cancelled
+        int64_t deadline
+        sc_slice payload
+        uint8_t *metadata
+        size_t metadata_len
+    ctypedef struct sc_limits:
+        size_t max_message
+        unsigned max_inflight
+        unsigned max_connections
+        size_t max_unsent
+        bint check_peer
+    enum:
+        SC_WORK_CALLS, SC_WORK_NOTES, SC_WORK_STOPPED, SC_WORK_WOKEN
+        SC_NATIVE_STATE, SC_NATIVE_WAIT, SC_NATIVE_CONNECT
+        SC_MAX_MESSAGE
+        SC_INTERNAL, SC_UNKNOWN, SC_RESOURCE_EXHAUSTED
+    sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
+    void sc_server_free(sc_server *s)
+    int sc_server_listen(sc_server *s, int fd)
+    int sc_server_method(sc_server *s, const char *service, const char *method, int native, int index)
+    int sc_server_wait(sc_server *s)
+    sc_call *sc_server_next(sc_server *s)
+    void sc_server_drain(sc_server *s)
+    void sc_server_stop(sc_server *s)
+    void sc_server_wake(sc_server *s)
+    unsigned sc_server_inflight(sc_server *s)
+    void sc_server_close_all(sc_server *s)
+    void sc_call_unref(sc_call *k)
+    void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message_len, const void *payload, size_t n,
+                       bint batch)
+
+cdef extern from "core/frame.h" nogil:
+    ctypedef struct sc_reader:
+        const uint8_t *p
+        const uint8_t *end
+    int sc_metadata_next(sc_reader *r, sc_slice *key, sc_slice *value)

@@ -1,0 +1,52 @@
+"""The core's framing and RPC thread as Python sees them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from ._reaper import Core
+
+MAX_MESSAGE: Final[int]
+INLINE: Final[int]
+POOL: Final[int]
+COROUTINE: Final[int]
+
+class Context:
+    """What a handler is told about its call besides the request."""
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]: ...
+    def get(self, key: str, default: str | None = None) -> str | None:
+        """First value of a metadata key; case does not matter."""
+    def get_all(self, key: str) -> list[str]: ...
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the caller's deadline; None: it gave none."""
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller's connection has gone, or its deadline passed."""
+    @property
+    def peer(self) -> tuple[int, int, int]:
+        """(pid, uid, gid) of the peer (SO_PEERCRED)."""
+
+class Server:
+    """A ttrpc server whose reading thread is `run`'s. Frames are parsed in C without the GIL.
+
+    max_message: bytes of one message, envelope included (ttrpc: 4 MiB). max_inflight: requests being handled per connection.
+    workers: the pool for handlers that block."""
+
+    def __init__(self, core: Core, *, max_message: int = ..., max_inflight: int = ..., max_connections: int = ..., workers: int = ...,
+                 check_peer: bool = True) -> None: ...
+    def add_listener(self, fd: int) -> None:
+        """Accept connections from a listening stream socket; the server owns fd from now on."""
+    def add_service(self, name: str, methods: Mapping[str, tuple[int, Callable[..., Any], Any]]) -> None:
+        """methods: name on the wire -> (INLINE | POOL | COROUTINE, handler, request class). The handler gets (request, Context)."""
+    def native_task(self, *names: str) -> None:
+        """Answer State, Wait and Connect of these services in C from the core's exit table."""
+    def on_note(self, callback: Callable[[tuple[Any, ...]], None]) -> None:
+        """Called on the RPC thread for NOTE_TOLD, NOTE_PID and NOTE_SIGNAL."""
+    def spawn_task(self, coro: Any) -> None:
+        """Run a coroutine on the RPC thread, from any thread."""
+    def run(self) -> None:
+        """Serve until shutdown() has ended."""
+    def shutdown(self, timeout: float = 5.0) -> None:
+        """No new connections or calls; calls in flight are answered for at most timeout seconds; then everything is closed."""

@@ -1,0 +1,240 @@
+# cython: language_level=3, freethreading_compatible=True, binding=False, embedsignature=False
+"""See _ttrpc.pyi. The thread in Server.run holds the interpreter's lock only while it steps handlers."""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+
+from ._reaper cimport Core, sc_now_mono
+from ._reaper cimport SC_NOTE_JOB, SC_NOTE_POST, SC_NOTE_TIMER
+
+import os
+from _thread import get_ident
+
+from ._reaper import ExitSignal
+from .errors import from_exception
+from .jobs import Pool, Task
+
+MAX_MESSAGE = SC_MAX_MESSAGE
+INLINE = 1
+POOL = 2
+COROUTINE = 3
+
+
+cdef class Context:
+    cdef sc_call *k  # a reference
+    cdef list pairs
+
+    def __dealloc__(self):
+        if self.k != NULL:
+            sc_call_unref(self.k)
+
+    @property
+    def metadata(self):
+        cdef sc_reader r
+        cdef sc_slice key, value
+        if self.pairs is None:
+            self.pairs = []
+            r.p = self.k.metadata
+            r.end = self.k.metadata + self.k.metadata_len
+            while self.k.metadata != NULL and sc_metadata_next(&r, &key, &value) == 1:
+                self.pairs.append(((<const char *>key.p)[:key.n].decode(), (<const char *>value.p)[:value.n].decode()))
+        return list(self.pairs)
+
+    def get(self, key, default=None):
+        key = key.lower()
+        for name, value in self.metadata:
+            if name.lower() == key:
+                return value
+        return default
+
+    def get_all(self, key):
+        key = key.lower()
+        return [value for name, value in self.metadata if name.lower() == key]
+
+    @property
+    def remaining(self):
+        return (self.k.deadline - sc_now_mono()) / 1e9 if self.k.deadline else None
+
+    @property
+    def cancelled(self):
+        return bool(self.k.cancelled) or (self.k.deadline != 0 and sc_now_mono() >= self.k.deadline)
+
+    @property
+    def peer(self):
+        return self.k.conn.pid, self.k.conn.uid, self.k.conn.gid
+
+    cdef reply(self, bytes payload, bint batch):
+        cdef const char *p = PyBytes_AS_STRING(payload)
+        cdef size_t n = PyBytes_GET_SIZE(payload)
+        with nogil:
+            sc_call_reply(self.k, 0, NULL, 0, p, n, batch)
+
+    cdef fail(self, int code, str text, bint batch):
+        cdef bytes b = text.encode("utf-8", "replace")
+        cdef const char *p = PyBytes_AS_STRING(b)
+        cdef size_t n = PyBytes_GET_SIZE(b)
+        with nogil:
+            sc_call_reply(self.k, code, p, n, NULL, 0, batch)
+
+    cdef answer(self, response, error, bint batch):
+        if error is not None:
+            code, text = from_exception(error)
+            self.fail(code, text, batch)
+            return
+        try:
+            payload = response.SerializeToString()
+        except BaseException as exc:
+            self.fail(SC_UNKNOWN, f"handler returned {type(response).__name__}, not a message: {exc}", batch)
+        else:
+            self.reply(payload, batch)
+
+
+cdef class Server:
+    cdef sc_server *s
+    cdef readonly Core core
+    cdef list methods    # (kind, handler, FromString)
+    cdef object callback
+    cdef object idle, ended
+    cdef object pool
+    cdef bint draining, running
+    cdef object thread
+
+    def __cinit__(self, Core core, *, size_t max_message=SC_MAX_MESSAGE, unsigned max_inflight=65536,
+                  unsigned max_connections=4096, size_t max_unsent=8388608, int workers=2, check_peer=True):
+        cdef sc_limits limits
+        limits.max_message = max_message
+        limits.max_inflight = max_inflight
+        limits.max_connections = max_connections
+        limits.max_unsent = max_unsent
+        limits.check_peer = bool(check_peer)
+        self.core = core
+        self.methods = []
+        self.idle = ExitSignal()
+        self.ended = ExitSignal()
+        self.s = sc_server_new(core.p, &limits)
+        if self.s == NULL:
+            raise OSError("sc_server_new")
+        if core.pool is None:
+            core.pool = Pool(workers)
+        self.pool = core.pool
+
+    def __dealloc__(self):
+        if self.s != NULL:
+            sc_server_free(self.s)
+
+    def add_listener(self, int fd):
+        cdef int r = sc_server_listen(self.s, fd)
+        if r < 0:
+            raise OSError(-r, os.strerror(-r), "epoll_ctl")
+
+    def add_service(self, name, methods):
+        for method, (kind, handler, request_class) in methods.items():
+            if kind not in (INLINE, POOL, COROUTINE):
+                raise ValueError(f"{name}/{method}: kind {kind!r} is none of INLINE, POOL, COROUTINE")
+            if sc_server_method(self.s, name.encode(), method.encode(), 0, len(self.methods)) < 0:
+                raise MemoryError
+            self.methods.append((kind, handler, request_class.FromString))
+
+    def native_task(self, *names):
+        for name in names:
+            for method, native in ((b"State", SC_NATIVE_STATE), (b"Wait", SC_NATIVE_WAIT), (b"Connect", SC_NATIVE_CONNECT)):
+                if sc_server_method(self.s, name.encode(), method, native, -1) < 0:
+                    raise MemoryError
+
+    def on_note(self, callback):
+        self.callback = callback
+
+    def spawn_task(self, coro):
+        self.core.post(Task(self.core, coro).step)
+
+    cdef dispatch(self, sc_call *k):
+        cdef Context ctx = Context.__new__(Context)
+        ctx.k = k
+        kind, handler, parse = <tuple>self.methods[k.method]
+        try:
+            request = parse(PyBytes_FromStringAndSize(<const char *>k.payload.p, k.payload.n))
+        except BaseException as exc:
+            ctx.fail(SC_INTERNAL, f"request can't be parsed: {exc}", True)
+            return
+        k.payload.p = NULL
+        k.payload.n = 0
+        try:
+            if kind == 1:
+                response = handler(request, ctx)
+            elif kind == 2:
+                self.pool.submit(lambda: work(handler, request, ctx))
+                return
+            else:
+                Task(self.core, handler(request, ctx), lambda value, error: ctx.answer(value, error, False)).step()
+                return
+        except BaseException as exc:
+            ctx.answer(None, exc, True)
+        else:
+            ctx.answer(response, None, True)
+
+    cdef note(self, tuple n):
+        kind = n[0]
+        try:
+            if kind == SC_NOTE_JOB:
+                n[1].cookie.step(n[1].result())
+            elif kind == SC_NOTE_TIMER:
+                n[1].step()
+            elif kind == SC_NOTE_POST:
+                n[1]()
+            elif self.callback is not None:
+                self.callback(n)
+        except BaseException as exc:
+            from . import logger
+
+            logger.error("a note's handler failed", note=str(n), error=repr(exc))
+
+    def run(self):
+        cdef int work
+        cdef sc_call *k
+        self.running = True
+        self.thread = get_ident()
+        try:
+            while True:
+                with nogil:
+                    work = sc_server_wait(self.s)
+                if work & SC_WORK_CALLS:
+                    while True:
+                        k = sc_server_next(self.s)
+                        if k == NULL:
+                            break
+                        self.dispatch(k)
+                if work & SC_WORK_NOTES:
+                    for n in self.core.take():
+                        self.note(n)
+                if self.draining and sc_server_inflight(self.s) == 0:
+                    self.idle.signal()
+                if work & SC_WORK_STOPPED:
+                    break
+        finally:
+            with nogil:
+                sc_server_close_all(self.s)
+            self.running = False
+            self.ended.signal()
+
+    def shutdown(self, timeout=5.0):
+        if self.running and self.thread == get_ident():
+            raise RuntimeError("shutdown() waits for the thread that called it")
+        self.draining = True
+        with nogil:
+            sc_server_drain(self.s)
+        if not self.running:
+            with nogil:
+                sc_server_close_all(self.s)
+            return
+        self.idle.wait(timeout)
+        with nogil:
+            sc_server_stop(self.s)
+        self.ended.wait(timeout)
+
+
+cdef work(handler, request, Context ctx):
+    try:
+        response = handler(request, ctx)
+    except BaseException as exc:
+        ctx.answer(None, exc, False)
+    else:
+        ctx.answer(response, None, False)

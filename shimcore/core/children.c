@@ -1,0 +1,241 @@
+/* Children: who is ours, and what becomes of the others.
+ *
+ * Ours are waited for by pidfd. Anything else that dies is either an orphan, which the kernel gives to the thread-group leader
+ * (find_new_reaper takes the subreaper's first live thread), or a child of another thread of this process, made by an
+ * author's subprocess. So the leader sweeps with __WNOTHREAD, and never sees the latter. */
+#define _GNU_SOURCE
+#include "exits.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <unistd.h>
+
+enum { EARLY_AT_ONCE = 1000 };          /* this many zombies waiting, or */
+#define EARLY_AFTER_NS 10000000000LL    /* this long an open slot: unknown zombies go to the early table */
+
+static sc_child **bucket(sc_core *c, pid_t pid)
+{
+    return &c->pids[(unsigned)pid % (sizeof c->pids / sizeof *c->pids)];
+}
+
+static sc_child *find(sc_core *c, pid_t pid)
+{
+    sc_child *k = *bucket(c, pid);
+    while (k && k->pid != pid)
+        k = k->next;
+    return k;
+}
+
+void sc_child_remove(sc_core *c, sc_child *k)
+{
+    if (k->listed) {
+        sc_child **p = bucket(c, k->pid);
+        while (*p && *p != k)
+            p = &(*p)->next;
+        if (*p)
+            *p = k->next;
+        k->listed = false;
+    }
+    if (k->disarmed) {
+        k->disarmed = false;
+        c->disarmed--;
+    } else if (k->pidfd >= 0) {
+        /* Before the close: a registration outlives it while a forked child holds the fd. */
+        epoll_ctl(c->epfd, EPOLL_CTL_DEL, k->pidfd, NULL);
+    } else if (k->pidfd == -1) {
+        c->by_number--;
+    }
+    if (k->pidfd >= 0)
+        close(k->pidfd);
+    k->pidfd = -2;
+}
+
+static void dead(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real)
+{
+    sc_child_remove(c, k);
+    if (c->tell_pids && k->died)
+        sc_post(c, SC_NOTE_PID, NULL, st->pid, st->status, real);
+    k->died(c, k, st, mono, real);
+}
+
+/* Its status was taken by somebody else's wait: 255, never 0. */
+static void stolen(sc_core *c, sc_child *k)
+{
+    sc_exit_status st = {.pid = k->pid, .status = 255};
+    c->stats.stolen++;
+    dead(c, k, &st, sc_now_mono(), sc_now_real());
+}
+
+static void look(sc_core *c, sc_child *k)
+{
+    sc_exit_status st;
+    int r = k->pidfd >= 0 ? sc_reap_pidfd(k->pidfd, &st) : sc_reap_pid(k->pid, &st);
+    if (r == 1) {
+        dead(c, k, &st, sc_now_mono(), sc_now_real());
+        return;
+    }
+    if (r != -ECHILD)
+        return;
+    bool gone = k->pidfd >= 0 ? sc_pidfd_send_signal(k->pidfd, 0) == -ESRCH : kill(k->pid, 0) < 0 && errno == ESRCH;
+    if (gone) {
+        stolen(c, k);
+    } else if (k->pidfd >= 0 && !k->disarmed) {
+        /* Dead, but still somebody else's child: its parent's death will give it to us, with a SIGCHLD. */
+        epoll_ctl(c->epfd, EPOLL_CTL_DEL, k->pidfd, NULL);
+        k->disarmed = true;
+        c->disarmed++;
+    }
+}
+
+static void child_ready(sc_core *c, sc_source *s, uint32_t ev)
+{
+    (void)ev;
+    look(c, (sc_child *)s);
+}
+
+int sc_child_add(sc_core *c, sc_child *k, pid_t pid, int pidfd)
+{
+    sc_child **b = bucket(c, pid);
+    k->src.ready = child_ready;
+    k->pid = pid;
+    k->pidfd = pidfd;
+    k->disarmed = false;
+    k->next = *b;
+    *b = k;
+    k->listed = true;
+    if (pidfd >= 0 && sc_watch_fd(c, pidfd, EPOLLIN, &k->src) < 0) {
+        close(pidfd);
+        k->pidfd = -1;
+    }
+    if (k->pidfd < 0) {
+        k->pidfd = -1;
+        c->by_number++;
+        c->stats.by_number++;
+        sc_sweep_soon(c); /* it may be dead already, its SIGCHLD long gone */
+    }
+    return 0;
+}
+
+void sc_children_on_sigchld(sc_core *c)
+{
+    c->need_sweep = true;
+}
+
+static void look_at_the_unarmed(sc_core *c)
+{
+    if (!c->disarmed && !c->by_number)
+        return;
+    for (size_t i = 0; i < sizeof c->pids / sizeof *c->pids; i++) {
+        sc_child *k = c->pids[i], *next;
+        for (; k; k = next) {
+            next = k->next;
+            if (k->disarmed || k->pidfd < 0)
+                look(c, k);
+        }
+    }
+}
+
+static bool early_put(sc_core *c, const sc_exit_status *st)
+{
+    if (c->early_len == c->early_cap) {
+        size_t cap = c->early_cap ? 2 * c->early_cap : 64;
+        sc_early *e = realloc(c->early, cap * sizeof *e);
+        if (!e)
+            return false;
+        c->early = e;
+        c->early_cap = cap;
+    }
+    c->early[c->early_len++] = (sc_early){st->pid, *st, sc_now_mono(), sc_now_real()};
+    return true;
+}
+
+bool sc_early_take(sc_core *c, pid_t pid, sc_early *out)
+{
+    for (size_t i = c->early_len; i-- > 0;) {
+        if (c->early[i].pid == pid) {
+            *out = c->early[i];
+            c->early[i] = c->early[--c->early_len];
+            return true;
+        }
+    }
+    return false;
+}
+
+/* How many zombies wait for this thread; stops counting at `enough`. */
+static int zombies_waiting(int enough)
+{
+    char path[64], buf[4096];
+    snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
+    int fd = open(path, O_RDONLY | O_CLOEXEC), n = 0;
+    if (fd < 0)
+        return 0;
+    ssize_t got;
+    while (n < enough && (got = read(fd, buf, sizeof buf)) > 0)
+        for (ssize_t i = 0; i < got; i++)
+            n += buf[i] == ' ';
+    close(fd);
+    return n;
+}
+
+void sc_sweep(sc_core *c)
+{
+    look_at_the_unarmed(c);
+    if (!c->reap_orphans)
+        return;
+    int64_t now = sc_now_mono();
+    if (c->open_unbound) {
+        int64_t due = c->oldest_open + EARLY_AFTER_NS;
+        if (now < due && zombies_waiting(EARLY_AT_ONCE) < EARLY_AT_ONCE) {
+            sc_timer_set(c, &c->sweep_timer, due);
+            return; /* a zombie keeps its pid; bind will find it */
+        }
+    } else {
+        c->early_len = 0;
+        sc_timer_clear(c, &c->sweep_timer);
+    }
+    sc_exit_status st;
+    while (sc_reap_orphan(&st) == 1) {
+        sc_child *k = find(c, st.pid);
+        if (k) {
+            dead(c, k, &st, sc_now_mono(), sc_now_real());
+        } else if (c->open_unbound && early_put(c, &st)) {
+            continue;
+        } else {
+            c->stats.orphans++;
+            if (c->tell_pids)
+                sc_post(c, SC_NOTE_PID, NULL, st.pid, st.status, sc_now_real());
+        }
+    }
+}
+
+/* ---- children that are no task's process ---- */
+
+static void watched_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real)
+{
+    (void)mono;
+    if (!c->tell_pids) /* else `dead` has told it already */
+        sc_post(c, SC_NOTE_PID, NULL, st->pid, st->status, real);
+    sc_job *grave = (sc_job *)k; /* made as a job, so that the graveyard frees it */
+    grave->grave = c->graveyard;
+    c->graveyard = grave;
+}
+
+int sc_watch_pid(sc_core *c, pid_t pid)
+{
+    sc_job *j = calloc(1, sizeof *j);
+    if (!j)
+        return -ENOMEM;
+    j->out_fd = -1;
+    j->child.died = watched_died;
+    int fd = sc_pidfd_open(pid);
+    if (fd == -ESRCH) {
+        free(j);
+        return fd;
+    }
+    sc_lock(c);
+    sc_child_add(c, &j->child, pid, fd < 0 ? -1 : fd);
+    sc_unlock(c);
+    return 0;
+}

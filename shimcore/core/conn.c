@@ -1,0 +1,214 @@
+/* A connection's sending side and its references. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "server.h"
+
+enum { TEXT_MAX = 4096 }; /* of a status; a text is for people */
+
+void sc_conn_unref(sc_conn *c)
+{
+    if (atomic_fetch_sub(&c->refs, 1) != 1)
+        return;
+    close(c->fd);
+    sc_buf_free(&c->in);
+    sc_buf_free(&c->out);
+    pthread_mutex_destroy(&c->lock);
+    free(c);
+}
+
+void sc_conn_arm(sc_conn *c)
+{
+    if (c->dead)
+        return;
+    c->paused = c->out.len > (c->paused ? c->srv->limits.max_unsent / 2 : c->srv->limits.max_unsent);
+    uint32_t want = (c->eof || c->paused ? 0 : EPOLLIN) | (c->out.len && !c->sending ? EPOLLOUT : 0);
+    if (want == c->armed)
+        return;
+    struct epoll_event ev = {.events = want, .data.ptr = c};
+    if (epoll_ctl(c->srv->epfd, EPOLL_CTL_MOD, c->fd, &ev) == 0)
+        c->armed = want;
+}
+
+/* Send until the queue is empty or the socket is full. Entered under the lock with `sending` set by us; leaves under it. */
+static void drain(sc_conn *c)
+{
+    bool full = false;
+    while (c->out.len && !full && !c->dead) {
+        sc_buf mine = c->out;
+        c->out = (sc_buf){0};
+        pthread_mutex_unlock(&c->lock);
+        size_t at = 0;
+        bool broken = false;
+        while (at < mine.len) {
+            ssize_t n = send(c->fd, mine.p + at, mine.len - at, MSG_NOSIGNAL | MSG_DONTWAIT);
+            if (n < 0 && errno == EINTR)
+                continue;
+            if (n < 0) {
+                broken = errno != EAGAIN && errno != EWOULDBLOCK;
+                full = true;
+                break;
+            }
+            at += (size_t)n;
+        }
+        pthread_mutex_lock(&c->lock);
+        if (broken) { /* the reading side will see the end too, and drop the connection */
+            mine.len = c->out.len = 0;
+        } else if (at < mine.len) { /* what is left stands before what others have queued meanwhile */
+            sc_buf_shift(&mine, at);
+            sc_buf_put(&mine, c->out.p, c->out.len);
+            sc_buf_free(&c->out);
+            c->out = mine;
+            continue;
+        }
+        if (c->out.len || mine.cap > 65536) {
+            sc_buf_free(&mine);
+        } else { /* keep a small buffer for the next one */
+            sc_buf_free(&c->out);
+            mine.len = 0;
+            c->out = mine;
+        }
+    }
+}
+
+void sc_conn_flush(sc_conn *c)
+{
+    pthread_mutex_lock(&c->lock);
+    if (!c->sending && !c->dead && c->out.len) {
+        c->sending = true;
+        drain(c);
+        c->sending = false;
+    }
+    sc_conn_arm(c);
+    pthread_mutex_unlock(&c->lock);
+}
+
+void sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *body, size_t body_len, bool batch)
+{
+    pthread_mutex_lock(&c->lock);
+    if (c->dead) {
+        pthread_mutex_unlock(&c->lock);
+        return;
+    }
+    bool alone = !c->sending && !c->out.len;
+    if (!alone || (batch && body_len < 16384)) {
+        sc_buf_put(&c->out, head, head_len);
+        sc_buf_put(&c->out, body, body_len);
+        if (batch) {
+            pthread_mutex_unlock(&c->lock);
+            sc_conn_mark_dirty(c);
+            return;
+        }
+        if (!c->sending) {
+            c->sending = true;
+            drain(c);
+            c->sending = false;
+        }
+    } else {
+        c->sending = true;
+        pthread_mutex_unlock(&c->lock);
+        struct iovec iov[2] = {{(void *)head, head_len}, {(void *)body, body_len}};
+        struct msghdr m = {.msg_iov = iov, .msg_iovlen = 2};
+        ssize_t n;
+        do
+            n = sendmsg(c->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+        while (n < 0 && errno == EINTR);
+        bool broken = n < 0 && errno != EAGAIN && errno != EWOULDBLOCK;
+        size_t sent = n < 0 ? 0 : (size_t)n;
+        pthread_mutex_lock(&c->lock);
+        if (!broken && sent < head_len + body_len) {
+            sc_buf rest = {0};
+            if (sent < head_len)
+                sc_buf_put(&rest, (const uint8_t *)head + sent, head_len - sent);
+            size_t off = sent > head_len ? sent - head_len : 0;
+            sc_buf_put(&rest, (const uint8_t *)body + off, body_len - off);
+            sc_buf_put(&rest, c->out.p, c->out.len);
+            sc_buf_free(&c->out);
+            c->out = rest;
+        }
+        drain(c);
+        c->sending = false;
+    }
+    sc_conn_arm(c);
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* ---- calls ---- */
+
+void sc_call_ref(sc_call *k)
+{
+    atomic_fetch_add(&k->refs, 1);
+}
+
+void sc_call_unref(sc_call *k)
+{
+    if (atomic_fetch_sub(&k->refs, 1) != 1)
+        return;
+    sc_conn_unref(k->conn);
+    free(k->metadata);
+    free(k);
+}
+
+/* A status text is UTF-8 and short; where it is not, what is wrong becomes '?'. */
+static size_t clean(char *out, const char *text, size_t n)
+{
+    if (n > TEXT_MAX)
+        n = TEXT_MAX;
+    size_t k = 0;
+    for (size_t i = 0; i < n;) {
+        size_t step = 1;
+        uint8_t b = (uint8_t)text[i];
+        if (b >= 0xc2)
+            step = b >= 0xf0 ? 4 : b >= 0xe0 ? 3 : 2;
+        if (step <= n - i && sc_utf8_valid((const uint8_t *)text + i, step)) {
+            memcpy(out + k, text + i, step);
+            k += step;
+            i += step;
+        } else {
+            out[k++] = '?';
+            i++;
+        }
+    }
+    return k;
+}
+
+void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message_len, const void *payload, size_t n, bool batch)
+{
+    if (atomic_exchange(&k->done, true))
+        return;
+    sc_conn *c = k->conn;
+    uint8_t head[SC_RESPONSE_HEAD + TEXT_MAX];
+    char text[TEXT_MAX];
+    if (sc_response_size(code, 0, n) > c->srv->limits.max_message) {
+        code = SC_RESOURCE_EXHAUSTED;
+        message_len = (size_t)snprintf(text, sizeof text, "message length %zu exceed maximum message size of %zu",
+                                       sc_response_size(0, 0, n), c->srv->limits.max_message);
+        message = text;
+        n = 0;
+    } else if (code) {
+        message_len = clean(text, message, message_len);
+        message = text;
+        n = 0;
+    }
+    size_t head_len = sc_response_head(head, k->stream, code, message, code ? message_len : 0, n);
+    sc_conn_send(c, head, head_len, payload, n, batch);
+    pthread_mutex_lock(&c->lock);
+    if (k->prev)
+        k->prev->next = k->next;
+    else if (c->calls == k)
+        c->calls = k->next;
+    if (k->next)
+        k->next->prev = k->prev;
+    k->next = k->prev = NULL;
+    unsigned left = --c->inflight;
+    bool over = c->eof && !left;
+    pthread_mutex_unlock(&c->lock);
+    bool last = atomic_fetch_sub(&c->srv->inflight, 1) == 1 && atomic_load(&c->srv->draining);
+    if (over || last)
+        sc_server_wake(c->srv); /* the last answer ends a half-closed connection, or a server that is being shut down */
+    sc_call_unref(k); /* the list's */
+}

@@ -1,0 +1,586 @@
+#define _GNU_SOURCE
+#include "exits.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include "wire.h"
+
+enum { KILL_AGAIN_MAX = 500 };
+#define KILL_AGAIN_NS 20000000LL
+#define INIT_BOUND_NS 10000000000LL
+
+static void tell_if_due(sc_slot *s);
+static void take_out(sc_core *c, sc_slot *s);
+
+uint64_t sc_hash(const char *text)
+{
+    uint64_t h = 1469598103934665603ULL; /* FNV-1a */
+    for (; *text; text++)
+        h = (h ^ (uint8_t)*text) * 1099511628211ULL;
+    return h ? h : 1;
+}
+
+/* ---- the table: a hash by (id, exec_id) ---- */
+
+static sc_slot **place(sc_core *c, uint64_t key_id, uint64_t key_exec)
+{
+    return &c->slots[(key_id ^ key_exec * 31) & (c->slot_cap - 1)];
+}
+
+static sc_slot *find(sc_core *c, const char *id, const char *exec_id)
+{
+    sc_slot *s = *place(c, sc_hash(id), sc_hash(exec_id));
+    while (s && (strcmp(s->id, id) || strcmp(s->exec_id, exec_id)))
+        s = s->hash_next;
+    return s;
+}
+
+static void grow(sc_core *c)
+{
+    size_t old = c->slot_cap;
+    sc_slot **was = c->slots, **now = calloc(old * 2, sizeof *now);
+    if (!now)
+        return; /* longer chains, nothing worse */
+    c->slots = now;
+    c->slot_cap = old * 2;
+    for (size_t i = 0; i < old; i++) {
+        while (was[i]) {
+            sc_slot *s = was[i], **p = place(c, s->key_id, s->key_exec);
+            was[i] = s->hash_next;
+            s->hash_next = *p;
+            *p = s;
+        }
+    }
+    free(was);
+}
+
+static void insert(sc_core *c, sc_slot *s)
+{
+    if (++c->slot_count > c->slot_cap)
+        grow(c);
+    sc_slot **p = place(c, s->key_id, s->key_exec);
+    s->hash_next = *p;
+    *p = s;
+    s->in_table = true;
+    sc_slot_ref(s);
+}
+
+void sc_slot_ref(sc_slot *s)
+{
+    atomic_fetch_add(&s->refs, 1);
+}
+
+void sc_slot_unref(sc_slot *s)
+{
+    if (atomic_fetch_sub(&s->refs, 1) != 1)
+        return;
+    if (s->init)
+        sc_slot_unref(s->init);
+    free(s->id);
+    free(s->exec_id);
+    free(s->state);
+    free(s->kill_procs);
+    free(s);
+}
+
+static void bound_fire(sc_core *c, sc_timer *t);
+static void kill_again_fire(sc_core *c, sc_timer *t);
+static void slot_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real);
+
+static sc_slot *new_slot(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n)
+{
+    sc_slot *s = calloc(1, sizeof *s);
+    if (!s)
+        return NULL;
+    atomic_init(&s->refs, 1);
+    s->core = c;
+    s->id = strdup(id);
+    s->exec_id = strdup(exec_id);
+    s->state = malloc(n + 1);
+    if (!s->id || !s->exec_id || !s->state) {
+        sc_slot_unref(s);
+        return NULL;
+    }
+    if (n)
+        memcpy(s->state, state, n);
+    s->state_len = n;
+    s->key_id = sc_hash(id);
+    s->key_exec = sc_hash(exec_id);
+    s->task_status = SC_CREATED;
+    s->child.pidfd = -2;
+    s->child.died = slot_died;
+    s->bound.fire = bound_fire;
+    s->kill_again.fire = kill_again_fire;
+    s->bound_ns = INIT_BOUND_NS;
+    return s;
+}
+
+sc_slot *sc_slot_find(sc_core *c, const char *id, const char *exec_id)
+{
+    sc_lock(c);
+    sc_slot *s = find(c, id, exec_id);
+    if (s)
+        sc_slot_ref(s);
+    sc_unlock(c);
+    return s;
+}
+
+static void opened(sc_core *c, sc_slot *s)
+{
+    s->phase = SC_OPENED;
+    s->opened_mono = sc_now_mono();
+    if (!c->open_unbound++)
+        c->oldest_open = s->opened_mono;
+    if (s->init)
+        s->init->busy++;
+}
+
+/* Opened no more: bound or dropped. */
+static void closed(sc_core *c)
+{
+    if (!--c->open_unbound && c->reap_orphans)
+        sc_sweep_soon(c);
+}
+
+int sc_slot_open_init(sc_core *c, const char *id, const uint8_t *state, size_t n, sc_slot **out)
+{
+    sc_slot *s = new_slot(c, id, "", state, n);
+    if (!s)
+        return -ENOMEM;
+    sc_lock(c);
+    bool used = find(c, id, "") != NULL;
+    if (!used) {
+        insert(c, s);
+        opened(c, s);
+    }
+    sc_unlock(c);
+    if (used) {
+        sc_slot_unref(s);
+        return -EEXIST;
+    }
+    *out = s;
+    return 0;
+}
+
+int sc_slot_reserve(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n, sc_slot **out)
+{
+    if (!*exec_id)
+        return -EINVAL;
+    sc_slot *s = new_slot(c, id, exec_id, state, n);
+    if (!s)
+        return -ENOMEM;
+    sc_lock(c);
+    sc_slot *init = find(c, id, "");
+    int r = !init ? -ENOENT : find(c, id, exec_id) ? -EEXIST : 0;
+    if (r == 0) {
+        s->phase = SC_RESERVED;
+        s->init = init;
+        sc_slot_ref(init);
+        s->sibling = init->execs;
+        init->execs = s;
+        insert(c, s);
+    }
+    sc_unlock(c);
+    if (r < 0) {
+        sc_slot_unref(s);
+        return r;
+    }
+    *out = s;
+    return 0;
+}
+
+int sc_slot_open(sc_slot *s)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    int r = 0;
+    if (s->phase != SC_RESERVED)
+        r = -EINVAL;
+    else if (s->init->phase != SC_BOUND)
+        r = -ESRCH;
+    else
+        opened(c, s);
+    sc_unlock(c);
+    return r;
+}
+
+/* ---- telling ---- */
+
+static void answer_waits(sc_slot *s)
+{
+    while (s->waiters) {
+        sc_waiter *w = s->waiters;
+        s->waiters = w->next;
+        if (w->next)
+            w->next->prev = NULL;
+        w->slot = NULL;
+        w->exit = s->exit;
+        w->next = s->core->firing;
+        s->core->firing = w;
+    }
+}
+
+static uint8_t *put_exit(uint8_t *p, const sc_slot *s)
+{
+    const char *id = *s->exec_id ? s->exec_id : s->id; /* TaskExit.id is the container's for init */
+    p = sc_write_bytes(p, 1, s->id, strlen(s->id));
+    p = sc_write_bytes(p, 2, id, strlen(id));
+    p = sc_write_uint(p, 3, s->exit.pid);
+    if (s->exit.status)
+        p = sc_write_uint(p, 4, s->exit.status);
+    return sc_write_timestamp(p, 5, s->exit.exited_at);
+}
+
+static uint64_t stamp(sc_core *c, const sc_slot *s)
+{
+    if (!c->stamps && !(c->stamps = calloc(SC_STAMPS, sizeof *c->stamps)))
+        return 0;
+    sc_stamp *t = &c->stamps[c->stamp_count % SC_STAMPS];
+    memset(t, 0, sizeof *t);
+    strncpy(t->id, s->id, SC_ID_MAX - 1);
+    strncpy(t->exec_id, s->exec_id, SC_ID_MAX - 1);
+    t->pid = (pid_t)s->exit.pid;
+    t->reaped = s->reaped_mono;
+    return ++c->stamp_count;
+}
+
+static void tell(sc_slot *s)
+{
+    sc_core *c = s->core;
+    uint8_t small[512], *body = small;
+    size_t need = 2 * (strlen(s->id) + 6) + strlen(s->exec_id) + 2 * 11 + SC_TIMESTAMP_MAX;
+    if (need > sizeof small && !(body = malloc(need)))
+        abort(); /* an exit that can't be told is worse than a shim that dies: delete tells it then */
+    size_t n = (size_t)(put_exit(body, s) - body);
+    static const char topic[] = "/tasks/exit", type[] = "containerd.events.TaskExit";
+    sc_event *e = sc_event_new(c, (sc_slice){(const uint8_t *)topic, sizeof topic - 1},
+                               (sc_slice){(const uint8_t *)type, sizeof type - 1}, (sc_slice){body, n}, s->id, s->exec_id);
+    if (body != small)
+        free(body);
+    if (!e)
+        abort();
+    e->stamp = stamp(c, s);
+    s->phase = SC_TOLD;
+    c->stats.told++;
+    sc_timer_clear(c, &s->bound);
+    sc_timer_clear(c, &s->kill_again);
+    sc_outbox_push(c, e);
+    if (c->running && pthread_equal(c->runner, pthread_self()))
+        sc_outbox_pump(c);
+    answer_waits(s);
+    sc_slot_ref(s);
+    sc_post(c, SC_NOTE_TOLD, s, 0, 0, 0);
+    if (s->init) {
+        s->init->busy--;
+        tell_if_due(s->init);
+        if (!s->init->in_table)
+            take_out(c, s); /* overdue, and its container was deleted before it ended */
+    }
+}
+
+static void tell_if_due(sc_slot *s)
+{
+    if (s->phase != SC_EXITED || !s->announced || s->holds)
+        return;
+    if (!s->init && s->busy && !s->overdue)
+        return;
+    tell(s);
+}
+
+static void bound_fire(sc_core *c, sc_timer *t)
+{
+    sc_slot *s = (sc_slot *)((char *)t - offsetof(sc_slot, bound));
+    c->stats.overdue += s->busy;
+    s->overdue = true;
+    tell_if_due(s);
+}
+
+static void kill_rest(sc_core *c, sc_slot *s)
+{
+    if (sc_cgroup_signal(s->kill_procs, SIGKILL) > 0 && ++s->kill_tries < KILL_AGAIN_MAX)
+        sc_timer_set(c, &s->kill_again, sc_now_mono() + KILL_AGAIN_NS); /* who was forking escaped this round */
+}
+
+static void kill_again_fire(sc_core *c, sc_timer *t)
+{
+    kill_rest(c, (sc_slot *)((char *)t - offsetof(sc_slot, kill_again)));
+}
+
+static void exited(sc_core *c, sc_slot *s, const sc_exit_status *st, int64_t mono, int64_t real)
+{
+    s->phase = SC_EXITED;
+    s->reaped_mono = mono;
+    s->exit = (sc_exit){(uint32_t)s->pid, (uint32_t)st->status, real};
+    if (!s->init) {
+        if (s->kill_procs)
+            kill_rest(c, s);
+        if (s->busy)
+            sc_timer_set(c, &s->bound, mono + s->bound_ns);
+    }
+    tell_if_due(s);
+}
+
+static void slot_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real)
+{
+    exited(c, (sc_slot *)k, st, mono, real);
+}
+
+int sc_slot_bind(sc_slot *s, pid_t pid)
+{
+    sc_core *c = s->core;
+    int fd = sc_pidfd_open(pid);
+    sc_lock(c);
+    if (s->phase != SC_OPENED) {
+        sc_unlock(c);
+        if (fd >= 0)
+            close(fd);
+        return -EINVAL;
+    }
+    s->phase = SC_BOUND;
+    s->pid = pid;
+    sc_early early;
+    if (fd == -ESRCH) {
+        if (!sc_early_take(c, pid, &early)) { /* gone, and not by us: somebody's wait stole it */
+            early = (sc_early){.pid = pid, .st = {.pid = pid, .status = 255}, .mono = sc_now_mono(), .real = sc_now_real()};
+            c->stats.stolen++;
+        }
+        exited(c, s, &early.st, early.mono, early.real);
+    } else {
+        sc_child_add(c, &s->child, pid, fd < 0 ? -1 : fd);
+    }
+    closed(c);
+    sc_unlock(c);
+    return 0;
+}
+
+static int queue_event(sc_core *c, sc_event *e)
+{
+    if (e) {
+        sc_outbox_push(c, e);
+        sc_core_wake(c);
+    }
+    return 0;
+}
+
+int sc_slot_announce(sc_slot *s, sc_event *e)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    queue_event(c, e);
+    s->announced = true;
+    if (s->init)
+        s->task_status = SC_RUNNING;
+    tell_if_due(s);
+    sc_unlock(c);
+    return 0;
+}
+
+int sc_slot_hold(sc_slot *s)
+{
+    sc_lock(s->core);
+    s->holds++;
+    sc_unlock(s->core);
+    return 0;
+}
+
+int sc_slot_release(sc_slot *s, sc_event *e)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    queue_event(c, e);
+    if (s->holds)
+        s->holds--;
+    tell_if_due(s);
+    sc_unlock(c);
+    return 0;
+}
+
+int sc_slot_set_status(sc_slot *s, int status)
+{
+    sc_lock(s->core);
+    s->task_status = status;
+    sc_unlock(s->core);
+    return 0;
+}
+
+int sc_slot_set_kill_rest(sc_slot *s, const char *procs, int64_t bound_ns)
+{
+    sc_core *c = s->core;
+    char *copy = procs ? strdup(procs) : NULL;
+    sc_lock(c);
+    free(s->kill_procs);
+    s->kill_procs = copy;
+    s->bound_ns = bound_ns;
+    if (s->phase == SC_EXITED && copy) /* it died before it could be said what is to be killed */
+        kill_rest(c, s);
+    sc_unlock(c);
+    return 0;
+}
+
+int sc_slot_drop(sc_slot *s)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    if (s->phase == SC_OPENED || s->phase == SC_RESERVED) {
+        bool was_open = s->phase == SC_OPENED;
+        s->phase = SC_DROPPED;
+        s->exit = (sc_exit){0, 255, sc_now_real()};
+        answer_waits(s);
+        if (was_open) {
+            closed(c);
+            if (s->init) {
+                s->init->busy--;
+                tell_if_due(s->init);
+            }
+        }
+    }
+    sc_unlock(c);
+    return 0;
+}
+
+static void take_out(sc_core *c, sc_slot *s)
+{
+    sc_slot **p = place(c, s->key_id, s->key_exec);
+    while (*p && *p != s)
+        p = &(*p)->hash_next;
+    if (!*p)
+        return;
+    *p = s->hash_next;
+    s->in_table = false;
+    c->slot_count--;
+    if (!s->exit.exited_at)
+        s->exit = (sc_exit){0, 255, sc_now_real()};
+    answer_waits(s); /* of an exec that was never started */
+    if (s->phase == SC_RESERVED)
+        s->phase = SC_DROPPED;
+    if (s->init) {
+        for (sc_slot **q = &s->init->execs; *q; q = &(*q)->sibling) {
+            if (*q == s) {
+                *q = s->sibling;
+                break;
+            }
+        }
+    }
+    sc_slot_unref(s);
+}
+
+int sc_slot_forget(sc_slot *s)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    int r = 0;
+    if (s->in_table) {
+        if (s->phase != SC_TOLD && s->phase != SC_DROPPED && s->phase != SC_RESERVED)
+            r = -EBUSY;
+        for (sc_slot *e = s->execs; e && r == 0; e = e->sibling)
+            if ((e->phase == SC_OPENED || e->phase == SC_BOUND || e->phase == SC_EXITED) && !s->overdue)
+                r = -EBUSY;
+        if (r == 0) {
+            while (s->execs) {
+                sc_slot *e = s->execs;
+                if (e->phase == SC_OPENED || e->phase == SC_BOUND || e->phase == SC_EXITED) {
+                    s->execs = e->sibling; /* overdue: it goes on without its container and is told when it ends */
+                    continue;
+                }
+                take_out(c, e);
+            }
+            take_out(c, s);
+        }
+    }
+    sc_unlock(c);
+    return r;
+}
+
+int sc_slot_kill(sc_slot *s, int sig)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    int r;
+    if (s->phase == SC_RESERVED || s->phase == SC_OPENED)
+        r = -EINVAL;
+    else if (s->phase != SC_BOUND)
+        r = -ESRCH;
+    else if (s->child.pidfd >= 0)
+        r = sc_pidfd_send_signal(s->child.pidfd, sig);
+    else
+        r = kill(s->pid, sig) < 0 ? -errno : 0; /* not reaped, so the number is still its own */
+    sc_unlock(c);
+    return r;
+}
+
+/* ---- what containerd asks ---- */
+
+int sc_slot_wait(sc_core *c, const char *id, const char *exec_id, sc_waiter *w)
+{
+    sc_lock(c);
+    sc_slot *s = find(c, id, exec_id);
+    int r = -ENOENT;
+    if (s && (s->phase == SC_TOLD || s->phase == SC_DROPPED)) {
+        w->slot = NULL;
+        w->exit = s->exit;
+        r = 1;
+    } else if (s) {
+        w->slot = s;
+        w->prev = NULL;
+        w->next = s->waiters;
+        if (w->next)
+            w->next->prev = w;
+        s->waiters = w;
+        r = 0;
+    }
+    sc_unlock(c);
+    return r;
+}
+
+bool sc_waiter_cancel(sc_core *c, sc_waiter *w)
+{
+    sc_lock(c);
+    bool ours = w->slot != NULL;
+    if (ours) {
+        if (w->prev)
+            w->prev->next = w->next;
+        else
+            w->slot->waiters = w->next;
+        if (w->next)
+            w->next->prev = w->prev;
+        w->slot = NULL;
+    }
+    sc_unlock(c);
+    return ours;
+}
+
+int sc_slot_state(sc_core *c, const char *id, const char *exec_id, sc_buf *out)
+{
+    int r = -ENOENT;
+    sc_lock(c);
+    sc_slot *s = find(c, id, exec_id);
+    if (s) {
+        bool over = s->phase == SC_TOLD || s->phase == SC_DROPPED;
+        r = sc_buf_reserve(out, s->state_len + 3 * 11 + SC_TIMESTAMP_MAX) ? 0 : -ENOMEM;
+        if (r == 0) {
+            sc_buf_put(out, s->state, s->state_len);
+            uint8_t *p = out->p + out->len;
+            if (s->pid)
+                p = sc_write_uint(p, 3, (uint64_t)s->pid);
+            p = sc_write_uint(p, 4, (uint64_t)(over ? SC_STOPPED : s->task_status));
+            if (over) {
+                if (s->exit.status)
+                    p = sc_write_uint(p, 9, s->exit.status);
+                p = sc_write_timestamp(p, 10, s->exit.exited_at);
+            }
+            out->len = (size_t)(p - out->p);
+        }
+    }
+    sc_unlock(c);
+    return r;
+}
+
+void sc_slot_info_get(sc_slot *s, sc_slot_info *out)
+{
+    sc_lock(s->core);
+    bool over = s->phase == SC_TOLD || s->phase == SC_DROPPED;
+    *out = (sc_slot_info){s->phase, over ? SC_STOPPED : s->task_status, s->pid, s->exit};
+    sc_unlock(s->core);
+}

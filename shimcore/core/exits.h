@@ -1,0 +1,58 @@
+/* The exit table: when an exit may be told, decided in one place.
+ *
+ * A slot is a process of a container: its init (exec_id "") or an exec. Its life:
+ *
+ *   reserved ──▶ opened ──▶ bound ──▶ exited ──▶ told
+ *      (execs)      │         (pid)    (reaped)
+ *                   └──▶ dropped   the runtime failed and there is no pid
+ *
+ * Rules, each kept by the function named:
+ *  1. No exit is too early: the slot is opened before the process is made, and zombies that nobody knows are left alone while
+ *     a slot is opened and not bound (open, sweep); bind takes a process that is dead already.
+ *  2. No exit before its start: `announce` queues TaskCreate or TaskExecStarted and only then lets the exit be told; a hold
+ *     (Start of init) does the same for TaskStart.
+ *  3. One exit each: exited → told happens once, under the lock, and nothing else makes a TaskExit.
+ *  4. Init last: init is told when none of its execs is opened, bound or exited; the wait is bounded (set_bound), after which
+ *     execs that are still there are counted as overdue, and told whenever they do end.
+ *  5. Without a private pid namespace what is left in init's cgroup is killed when init has exited, before 4.
+ *  6. A slot that is dropped answers its Waits with 255; a status that somebody stole from us is 255 as well, never 0.
+ *  7. Until it is told, a process counts as alive for State and Delete; Kill knows better and says not found.
+ * Telling is, in this order: the event is queued, the Waits are answered, Python is told. */
+#ifndef SC_EXITS_H
+#define SC_EXITS_H
+#include "core.h"
+
+/* All return 0 or -errno; they take the lock. References: what makes or finds a slot gives one to the caller. */
+sc_slot *sc_slot_find(sc_core *, const char *id, const char *exec_id);
+void sc_slot_ref(sc_slot *);
+void sc_slot_unref(sc_slot *);
+int sc_slot_open_init(sc_core *, const char *id, const uint8_t *state, size_t n, sc_slot **out);                       /* -EEXIST */
+int sc_slot_reserve(sc_core *, const char *id, const char *exec_id, const uint8_t *state, size_t n, sc_slot **out); /* -EEXIST -ENOENT */
+int sc_slot_open(sc_slot *);           /* -ESRCH: init has exited; -EINVAL: not reserved */
+int sc_slot_bind(sc_slot *, pid_t);    /* -EINVAL: not opened */
+int sc_slot_announce(sc_slot *, sc_event *); /* takes the event, which may be NULL */
+int sc_slot_hold(sc_slot *);
+int sc_slot_release(sc_slot *, sc_event *);
+int sc_slot_set_status(sc_slot *, int status);
+int sc_slot_set_kill_rest(sc_slot *, const char *procs, int64_t bound_ns);
+int sc_slot_drop(sc_slot *);
+int sc_slot_forget(sc_slot *);         /* -EBUSY: not told yet */
+int sc_slot_kill(sc_slot *, int sig);  /* -ESRCH: exited; -EINVAL: no process yet */
+
+/* 1: it has been told, *exit is filled; 0: parked, fire will be called; -ENOENT. */
+int sc_slot_wait(sc_core *, const char *id, const char *exec_id, sc_waiter *);
+bool sc_waiter_cancel(sc_core *, sc_waiter *); /* true: taken out, fire will not be called */
+/* StateResponse, serialized, appended to out. */
+int sc_slot_state(sc_core *, const char *id, const char *exec_id, sc_buf *out);
+
+typedef struct {
+    int phase, status;
+    pid_t pid;
+    sc_exit exit;
+} sc_slot_info;
+void sc_slot_info_get(sc_slot *, sc_slot_info *);
+
+/* SIGKILL (or another signal) through a pidfd to every process listed in a cgroup.procs file and those below its folder.
+ * Returns how many were signalled. */
+int sc_cgroup_signal(const char *procs, int sig);
+#endif

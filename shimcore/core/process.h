@@ -1,0 +1,56 @@
+/* Processes: subreaper, pidfds, waiting, and spawning with an fd map. No state but the saved RLIMIT_NOFILE. */
+#ifndef SC_PROCESS_H
+#define SC_PROCESS_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* Functions return 0 or a fd/pid, or -errno. */
+
+int sc_kernel_check(void); /* -ENOSYS below Linux 5.4: no pidfd_open, or no waitid(P_PIDFD) */
+int sc_set_subreaper(bool on);
+int sc_get_subreaper(void);
+int sc_pidfd_open(pid_t pid); /* works on a zombie too */
+int sc_pidfd_send_signal(int pidfd, int sig);
+int sc_raise_nofile(uint64_t *was, uint64_t *is);
+
+typedef struct {
+    pid_t pid;
+    int status;        /* exit code, or 128 + signal */
+    bool signaled;
+} sc_exit_status;
+
+/* Reap, without blocking. 1 reaped, 0 not dead yet, -ECHILD not a child of ours. */
+int sc_reap_pidfd(int pidfd, sc_exit_status *out);
+int sc_reap_pid(pid_t pid, sc_exit_status *out);
+/* Any dead child of the calling thread alone (__WNOTHREAD): on the leader that is an orphan. */
+int sc_reap_orphan(sc_exit_status *out);
+
+typedef struct {
+    int child, parent; /* parent < 0: /dev/null */
+} sc_fd_map;
+
+typedef struct {
+    const char *path;  /* what to exec: a path, not searched */
+    char *const *argv; /* NULL-terminated */
+    char *const *envp; /* NULL-terminated, or NULL for ours */
+    const char *cwd;   /* or NULL */
+    const sc_fd_map *fds;
+    size_t nfds;
+    bool new_session, new_group;
+} sc_spawn_args;
+
+/* What failed, beside the errno. */
+enum { SC_AT_FORK, SC_AT_CHDIR, SC_AT_FDS, SC_AT_EXEC };
+
+/* Start a child: only the mapped fds, empty signal mask, default dispositions, the RLIMIT_NOFILE from before
+ * sc_raise_nofile. Returns the pid and its pidfd (close-on-exec); -errno with *at saying where. The child shares our memory
+ * until it execs (CLONE_VM | CLONE_VFORK), so no page table is copied and the errno of its exec reaches us. */
+pid_t sc_spawn(const sc_spawn_args *args, int *pidfd, int *at);
+
+int64_t sc_now_mono(void); /* ns */
+int64_t sc_now_real(void); /* ns since the epoch */
+
+int sc_mount_in(const char *cwd, const char *source, const char *target, const char *fstype, unsigned long flags, const void *data);
+#endif

@@ -1,0 +1,114 @@
+/* The RPC thread: connections, frames, routing; State, Wait and Connect answered from the exit table.
+ *
+ * One thread calls sc_server_wait in a loop and is the only one that reads, accepts and drops connections. Any thread may
+ * reply. A connection's lock covers its queue of bytes and its list of calls, never a system call but epoll_ctl: who sends
+ * marks the connection, lets the lock go and sends; who finds it marked queues. The fd is closed by the last reference. */
+#ifndef SC_SERVER_H
+#define SC_SERVER_H
+#include "exits.h"
+#include "frame.h"
+
+typedef struct sc_server sc_server;
+typedef struct sc_call sc_call;
+
+typedef struct sc_conn {
+    int kind; /* what epoll's pointer points to; see server.c */
+    int fd;
+    atomic_int refs;
+    sc_server *srv;
+    int pid, uid, gid; /* SO_PEERCRED */
+    struct sc_conn *next, *prev;       /* the server's list; RPC thread */
+    /* RPC thread alone: */
+    sc_buf in;       /* a frame that is not whole yet */
+    size_t consumed; /* bytes of `in` that have been handled */
+    size_t skip;     /* what is left of a frame that is too long */
+    uint32_t last_stream;
+    bool eof, dirty;
+    struct sc_conn *next_dirty;
+    /* under lock: */
+    pthread_mutex_t lock;
+    sc_buf out;
+    bool sending, dead, paused;
+    uint32_t armed; /* events asked of epoll */
+    sc_call *calls;
+    unsigned inflight;
+} sc_conn;
+
+struct sc_call {
+    atomic_int refs;
+    sc_conn *conn;
+    sc_call *next, *prev;
+    sc_call *next_ready;
+    uint32_t stream;
+    int method;        /* index given to sc_server_method */
+    atomic_bool done, cancelled;
+    int64_t deadline;  /* ns of CLOCK_MONOTONIC; 0 none */
+    sc_slice payload;  /* borrowed: until the next sc_server_wait */
+    uint8_t *metadata; /* a copy, NULL if there is none */
+    size_t metadata_len;
+    bool parked;
+    sc_waiter waiter;
+};
+
+typedef struct {
+    size_t max_message;
+    unsigned max_inflight, max_connections;
+    size_t max_unsent; /* bytes waiting for a peer that does not read, before its requests are left unread */
+    bool check_peer;
+} sc_limits;
+
+enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN = 8 };
+
+sc_server *sc_server_new(sc_core *, const sc_limits *);
+void sc_server_free(sc_server *);
+int sc_server_listen(sc_server *, int fd);
+/* native: 0 a Python method, else SC_NATIVE_*. Before the first wait only. */
+enum { SC_NATIVE_STATE = 1, SC_NATIVE_WAIT, SC_NATIVE_CONNECT };
+int sc_server_method(sc_server *, const char *service, const char *method, int native, int index);
+/* Block for work; a mask of SC_WORK_*. */
+int sc_server_wait(sc_server *);
+sc_call *sc_server_next(sc_server *); /* the caller owns the reference; NULL: none left */
+void sc_server_flush(sc_server *);
+void sc_server_wake(sc_server *);
+void sc_server_drain(sc_server *); /* no new connections or calls; any thread */
+void sc_server_stop(sc_server *);  /* sc_server_wait returns SC_WORK_STOPPED; any thread */
+unsigned sc_server_inflight(sc_server *); /* calls not answered yet; any thread */
+void sc_server_close_all(sc_server *); /* RPC thread, or after it has ended */
+
+void sc_call_ref(sc_call *);
+void sc_call_unref(sc_call *);
+/* Answer, once. batch: the RPC thread may send it with others at the next flush. */
+void sc_call_reply(sc_call *, int32_t code, const char *message, size_t message_len, const void *payload, size_t n, bool batch);
+/* conn.c, for server.c */
+void sc_conn_unref(sc_conn *);
+void sc_conn_send(sc_conn *, const void *head, size_t head_len, const void *body, size_t body_len, bool batch);
+void sc_conn_flush(sc_conn *);
+void sc_conn_arm(sc_conn *); /* under its lock */
+void sc_conn_mark_dirty(sc_conn *);
+
+struct sc_server {
+    sc_core *core;
+    sc_limits limits;
+    int epfd, wakefd;
+    struct listener {
+        int kind, fd;
+    } listeners[8];
+    unsigned nlisteners;
+    int wake_kind, mail_kind;
+    struct sc_route {
+        struct sc_route *next;
+        char *service, *method;
+        size_t service_len, method_len;
+        int native, index;
+    } *routes[64];
+    sc_conn *conns, *dirty;
+    unsigned nconns;
+    sc_call *ready, **ready_tail;
+    struct epoll_event evs[64];
+    int nev, at;
+    uint8_t *rbuf;
+    int64_t accept_again; /* 0, or when to try accept after EMFILE */
+    atomic_bool draining, stop;
+    atomic_uint inflight;
+};
+#endif

@@ -1,0 +1,114 @@
+"""The daemon: made by `start`, from this same executable.
+
+The parent binds the listener, so there is no race for the address and connections queue in the backlog at once; the child gets
+it as SOCKET_FD. A pipe tells the parent that the child serves, or with which words it ended, so that `start` never prints the
+address of a daemon that is dead already.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import _reaper, address
+from .errors import DeadlineExceeded, Unavailable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .bootstrap import StartOpts
+
+SOCKET_FD = 3
+_READY_FD = 4
+READY_ENV = "SHIMCORE_READY_FD"
+READY = b"R"
+# A daemon that neither serves nor ends. containerd's own limit on `start` is its caller's, often none.
+READY_TIMEOUT = 60.0
+_MESSAGE_MAX = 65536
+
+
+def command() -> list[str]:
+    """How this process was started, without its arguments: the interpreter, its options and the script."""
+    head = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    return [sys.executable, *head[1:]]
+
+
+def _log_fd() -> int | None:
+    """The write end of the bundle's log FIFO, for the daemon's stderr; None: nobody reads it."""
+    try:
+        return os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _wait_ready(ready: int, timeout: float) -> tuple[bool, str]:
+    """(it serves, its last words) from the readiness pipe. Raises DeadlineExceeded."""
+    from select import POLLIN, poll
+
+    poller = poll()
+    poller.register(ready, POLLIN)
+    words = b""
+    while len(words) < _MESSAGE_MAX:
+        if not poller.poll(timeout * 1000):
+            raise DeadlineExceeded(f"the daemon neither served nor ended within {timeout:g} s")
+        piece = os.read(ready, _MESSAGE_MAX)
+        if piece == READY and not words:
+            return True, ""
+        if not piece:
+            break
+        words += piece
+    return False, words.decode("utf-8", "replace").strip()
+
+
+def spawn(
+    opts: StartOpts, grouping: str = "", vars: Iterable[tuple[str, str]] = (), *, ready_timeout: float = READY_TIMEOUT
+) -> tuple[int, str]:
+    """Make the daemon that serves this container, or find the one that does; write the file `address`; return (pid, address).
+
+    grouping: what stands for the id in the socket's name, so that one daemon serves a whole group; "" is opts.id. vars: more
+    environment for the daemon. pid is 0 when a live daemon was found under the address.
+
+    The daemon leads a session of its own; its stdin and stdout are /dev/null, its stderr is the bundle's log. It has been
+    serving when this returns. Raises Unavailable with the daemon's own words when it ends before that, DeadlineExceeded when it
+    does not get there in ready_timeout seconds, and what address.bind_or_reuse raises.
+    """
+    where = address.socket_address(
+        opts.address, opts.namespace, grouping or opts.id, **({"socket_dir": opts.socket_dir} if opts.socket_dir else {})
+    )
+    listener, reused = address.bind_or_reuse(where)
+    if reused or listener is None:
+        address.write_address(where)
+        return 0, where
+    pid = 0
+    pidfd = ready = told = -1
+    log = _log_fd()
+    try:
+        ready, told = os.pipe2(os.O_CLOEXEC)
+        argv = [*command(), "-namespace", opts.namespace, "-id", opts.id, "-address", opts.address]
+        if opts.debug:
+            argv.append("-debug")
+        fds = {SOCKET_FD: listener, _READY_FD: told}
+        if log is not None:
+            fds[2] = log
+        env = {**os.environ, **dict(vars), "TTRPC_ADDRESS": opts.ttrpc_address, READY_ENV: str(_READY_FD)}
+        pid, pidfd = _reaper.spawn(argv, env=env, fds=fds, new_session=True)
+        os.close(told)
+        told = -1
+        serves, words = _wait_ready(ready, ready_timeout)
+        if not serves:
+            raise Unavailable(words or "the daemon ended before it served, without a word")
+        address.write_address(where)
+    except BaseException:
+        if pidfd >= 0:
+            try:
+                _reaper.pidfd_send_signal(pidfd, 9)
+            except OSError:
+                pass
+        address.remove_socket_silently(where)
+        raise
+    finally:
+        for fd in (listener, log, ready, told, pidfd):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+    return pid, where

@@ -1,0 +1,240 @@
+"""Awaitables for handlers written as coroutines, and the small loop that steps them; no asyncio.
+
+A handler that awaits one of these parks its RPC: no thread waits for it. Coroutines are stepped on one thread only (the RPC
+thread, or whoever consumes the core's notes), so what they share needs no lock between two awaits.
+"""
+
+from __future__ import annotations
+
+from _queue import SimpleQueue
+from _thread import allocate_lock, start_new_thread
+
+from ._reaper import Core, Job, JobResult
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+    from types import TracebackType
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+
+class Op:
+    """Something a coroutine waits for; `begin` is called once with the task, which is resumed when it is done."""
+
+    __slots__ = ()
+
+    def begin(self, task: Task) -> None:
+        raise NotImplementedError
+
+    def __await__(self) -> Generator[Op, Any, Any]:
+        return (yield self)
+
+
+class Task:
+    """One coroutine under way. `done(value, error)` is called when it ends."""
+
+    __slots__ = ("_coro", "_done", "core")
+
+    def __init__(
+        self, core: Core, coro: Coroutine[Op, Any, Any], done: Callable[[Any, BaseException | None], None] | None = None
+    ) -> None:
+        self.core = core
+        self._coro = coro
+        self._done = done
+
+    def step(self, value: Any = None, error: BaseException | None = None) -> None:
+        """Resume the coroutine with a value, or by raising an error in it, and begin what it awaits next."""
+        try:
+            op = self._coro.send(value) if error is None else self._coro.throw(error)
+        except StopIteration as end:
+            self._end(end.value, None)
+            return
+        except BaseException as exc:  # SystemExit of a handler must not end the thread
+            self._end(None, exc)
+            return
+        try:
+            op.begin(self)
+        except BaseException as exc:
+            self.step(None, exc)
+
+    def _end(self, value: Any, error: BaseException | None) -> None:
+        if self._done is not None:
+            self._done(value, error)
+        elif error is not None:
+            from . import logger
+
+            logger.error("a background task failed", error=repr(error))
+
+
+class Pool:
+    """A few threads for what may block, made when they are first needed; submit() never waits."""
+
+    __slots__ = ("_idle", "_lock", "_queue", "_size", "_started")
+
+    def __init__(self, size: int = 2) -> None:
+        self._size = size
+        self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._lock = allocate_lock()
+        self._idle = 0
+        self._started = 0
+
+    def submit(self, call: Callable[[], object]) -> None:
+        """Run a callable without arguments on a pool thread; it answers for its own errors."""
+        with self._lock:
+            start = self._idle <= self._queue.qsize() and self._started < self._size
+            self._started += start
+        self._queue.put(call)
+        if start:
+            start_new_thread(self._work, ())
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            call = self._queue.get()
+            with self._lock:
+                self._idle -= 1
+            try:
+                call()
+            except BaseException as exc:
+                from . import logger
+
+                logger.error("a pool job failed", error=repr(exc))
+            del call
+
+
+class _RunJob(Op):
+    __slots__ = ("_args", "_kwargs")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._args = args
+        self._kwargs = kwargs
+
+    def begin(self, task: Task) -> None:
+        task.core.job(*self._args, cookie=task, **self._kwargs)
+
+
+def job_done(job: Job) -> None:
+    """Resume the coroutine that awaits this job (the consumer of NOTE_JOB calls it)."""
+    job.cookie.step(job.result())
+
+
+class _Sleep(Op):
+    __slots__ = ("_seconds",)
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def begin(self, task: Task) -> None:
+        task.core.timer(self._seconds, task)
+
+
+class _InPool(Op):
+    __slots__ = ("_call",)
+
+    def __init__(self, call: tuple[Any, tuple[Any, ...]]) -> None:
+        self._call = call
+
+    def begin(self, task: Task) -> None:
+        fn, args = self._call
+
+        def work() -> None:
+            try:
+                value = fn(*args)
+            except BaseException as exc:
+                error = exc
+                task.core.post(lambda: task.step(None, error))
+            else:
+                task.core.post(lambda: task.step(value))
+
+        task.core.pool.submit(work)
+
+
+async def run_job(
+    argv: Sequence[str | bytes],
+    *,
+    timeout: float,
+    cap: int = 65536,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    fds: Mapping[int, int] | None = None,
+) -> JobResult:
+    """Run a program as a job of the core and wait for its end; see Core.job. OSError when it can't be started."""
+    result: JobResult = await _RunJob((argv,), {"timeout": timeout, "cap": cap, "env": env, "cwd": cwd, "fds": fds})
+    return result
+
+
+async def in_pool(fn: Callable[..., T], *args: Any) -> T:
+    """Run a function that may block on the small pool and wait for its result."""
+    result: T = await _InPool((fn, args))
+    return result
+
+
+async def sleep(seconds: float) -> None:
+    """Wait without holding a thread."""
+    await _Sleep(seconds)
+
+
+class Event(Op):
+    """A one-shot event that coroutines wait for; set() resumes them, in order. RPC thread only."""
+
+    __slots__ = ("_set", "_waiting")
+
+    def __init__(self) -> None:
+        self._set = False
+        self._waiting: list[Task] = []
+
+    def begin(self, task: Task) -> None:
+        if self._set:
+            task.step()
+        else:
+            self._waiting.append(task)
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            task.core.post(task.step)
+
+
+class _Acquire(Op):
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+
+    def begin(self, task: Task) -> None:
+        lock = self._lock
+        if not lock.locked:
+            lock.locked = True
+            task.step()
+        else:
+            lock.waiting.append(task)
+
+
+class Lock:
+    """A first-come lock between coroutines (`async with lock:`), for instance one for each container."""
+
+    __slots__ = ("locked", "waiting")
+
+    def __init__(self) -> None:
+        self.locked = False
+        self.waiting: list[Task] = []
+
+    async def __aenter__(self) -> Lock:
+        await _Acquire(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.waiting:
+            task = self.waiting.pop(0)
+            task.core.post(task.step)
+        else:
+            self.locked = False

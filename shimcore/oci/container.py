@@ -1,0 +1,207 @@
+"""One container: its bundle on disk, the runtime that runs it, and its processes. What blocks is here, for
+the pool."""
+
+from __future__ import annotations
+
+import os
+
+from .. import cgroup, jobs, logger, mount
+from .._reaper import pidfd_open, pidfd_send_signal
+from ..errors import NotFound, ShimError
+from ..util import mkdir, read_pid_from_file, read_spec, write_options, write_runtime
+from .options import Options, from_any
+from .process import Process, unlink
+from .runc import INIT_PID_FILE, Runtime, read_log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from ..protos import task_pb2
+
+SIGKILL = 9
+# How often SIGKILL for all goes round: a fork bomb makes new ones while we list.
+KILL_ROUNDS = 10
+
+
+class Container:
+    """Its fields belong to the RPC thread; the pool's functions read those that were set before they were
+    called.
+
+    lock: held by Create, Start of init, Delete, Pause, Resume and Update, from end to end. Execs, Kill, Pids
+    and CloseIO do without: the exit table itself refuses what comes too early or too late."""
+
+    __slots__ = (
+        "bundle", "cgroup", "deleted", "execs", "id", "init", "lock", "log_read", "mounted", "namespace",
+        "options", "private_pids", "ready", "rootfs", "runtime",
+    )  # fmt: skip
+
+    def __init__(self, id: str, namespace: str, bundle: str, init: Process) -> None:
+        self.id = id
+        self.namespace = namespace
+        self.bundle = bundle
+        self.init = init
+        self.mounted = False  # there is, or may be, something to unmount at rootfs
+        self.rootfs = os.path.join(bundle, "rootfs")
+        self.execs: dict[str, Process] = {}
+        self.lock = jobs.Lock()
+        self.options = Options()
+        self.runtime = Runtime(self.options, namespace, bundle)
+        self.cgroup = ""  # directory of init's cgroup, "" when it could not be learnt
+        self.private_pids = True
+        self.log_read = 0  # bytes of the runtime's log that an error has been made of already
+        self.ready = False  # Create has been answered with success
+        self.deleted: task_pb2.DeleteResponse | None = None
+
+    @property
+    def pid_file(self) -> str:
+        return os.path.join(self.bundle, INIT_PID_FILE)
+
+    def process(self, exec_id: str) -> Process:
+        """Raises NotFound."""
+        if not exec_id:
+            return self.init
+        process = self.execs.get(exec_id)
+        if process is None:
+            raise NotFound(f"process does not exist {exec_id}")
+        return process
+
+    # --- Create, for the pool
+
+    def prepare(self, options_type: str, options: bytes, mounts: Sequence[Any]) -> None:
+        """Everything before the runtime: options, files of the bundle, rootfs (containerd.types.Mount),
+        stdio. unprepare() takes it back, also when this has failed half-way."""
+        self.options = from_any(options_type, options)
+        self.runtime = Runtime(self.options, self.namespace, self.bundle)
+        # A daemon that died, or another shim, may have left these; a stale pid would be bound as ours.
+        unlink(self.pid_file)
+        unlink(self.runtime.log)
+        write_options(self.bundle, self.options.values())
+        write_runtime(self.bundle, self.options.binary_name)
+        self.private_pids = has_private_pids(self.bundle)
+        if mounts:
+            mkdir(self.rootfs)
+            self.mounted = True
+            mount.mount_all(mounts, self.rootfs)
+        self.init.open_io((self.options.io_uid, self.options.io_gid))
+
+    def collect(self) -> int:
+        """The pid of the init that was made. Raises OSError, InvalidArgument."""
+        pid = read_pid_from_file(self.pid_file)
+        # Before the slot is bound: a zombie that has been reaped has no cgroup.
+        try:
+            self.cgroup = own_cgroup(pid)
+        except (OSError, ShimError) as error:
+            logger.warn("cgroup of the container is not known", id=self.id, pid=pid, error=error)
+        return pid
+
+    def unprepare(self) -> None:
+        """Never raises: the error that brought us here is the one to tell."""
+        self.init.close_io()
+        try:
+            self.unmount()
+        except (OSError, ShimError) as error:
+            logger.error(
+                "rootfs of a container that was not created can't be unmounted", id=self.id, error=error
+            )
+
+    def unmount(self) -> None:
+        """Idempotent. Raises OSError."""
+        if self.mounted:
+            mount.umount_recursive(self.rootfs)
+
+    # --- Delete, for the pool
+
+    def clean(self) -> None:
+        self.init.close_io()
+        for process in self.execs.values():
+            process.close_io()
+        self.unmount()
+
+    # --- for the pool, at any time
+
+    def runtime_log(self) -> bytes:
+        """What the runtime has logged since an error was last made of it."""
+        log, self.log_read = read_log(self.runtime.log, self.log_read)
+        return log
+
+    def pids(self) -> list[int]:
+        """Every process of the container. Never empty once there was an init: the cgroup may have gone or be
+        unreadable, and containerd takes a shim without pids for a leaked one and removes the task, exit
+        status and all."""
+        found = self._listed()
+        if not found:
+            found = [
+                process.slot.pid
+                for process in (self.init, *self.execs.values())
+                if process.slot.exited_at == 0
+            ]
+            found = [pid for pid in found if pid > 0] or [self.init.slot.pid]
+        return found
+
+    def signal_all(self, signum: int) -> int:
+        """Signal every process of the cgroup; how many were. For SIGKILL until none is new."""
+        seen: set[int] = set()
+        for _ in range(KILL_ROUNDS if signum == SIGKILL else 1):
+            fresh = [pid for pid in self._listed() if pid not in seen]
+            if not fresh:
+                break
+            seen.update(fresh)
+            self._signal(fresh, signum)
+        return len(seen)
+
+    def signal_one(self, pid: int, signum: int) -> None:
+        """Signal a process if it is one of this container's."""
+        self._signal([pid], signum)
+
+    def _listed(self) -> list[int]:
+        try:
+            return cgroup.cgroup_procs(self.cgroup) if self.cgroup else []
+        except (OSError, ShimError):
+            return []
+
+    def _signal(self, pids: list[int], signum: int) -> None:
+        fds: dict[int, int] = {}
+        try:
+            for pid in pids:
+                try:
+                    fds[pid] = pidfd_open(pid)
+                except OSError:
+                    continue
+            # A pid may have been given to a stranger between the list and pidfd_open: one that is listed
+            # again has not.
+            still = set(self._listed())
+            for pid, fd in fds.items():
+                if pid in still:
+                    try:
+                        pidfd_send_signal(fd, signum)
+                    except ProcessLookupError:
+                        pass
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+
+
+def own_cgroup(pid: int) -> str:
+    """Directory of a cgroup that is the container's alone; what is in it may be killed. Raises NotFound,
+    OSError."""
+    directory = cgroup.find_directory(pid, top=False)
+    if directory in cgroup.paths("self").values():
+        raise NotFound(f"process {pid} is in the shim's own cgroup")
+    return directory
+
+
+def has_private_pids(bundle: str) -> bool:
+    """Whether init's death takes all other processes with it: config.json asks for a new pid namespace. When
+    that can't be read, the rest are killed to be sure."""
+    try:
+        linux = read_spec(bundle).get("linux")
+        namespaces = linux.get("namespaces") if isinstance(linux, dict) else None
+        return any(
+            isinstance(entry, dict) and entry.get("type") == "pid" and not entry.get("path")
+            for entry in namespaces or []
+        )
+    except (OSError, ShimError, TypeError) as error:
+        logger.warn("config.json of the bundle can't be read", bundle=bundle, error=error)
+        return False

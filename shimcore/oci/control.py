@@ -1,0 +1,213 @@
+"""The part of the task service that works on a container that is there: Kill, Pids, CloseIO, Pause, Resume,
+Update."""
+
+from __future__ import annotations
+
+import os
+
+from .. import jobs, state
+from .._reaper import DROPPED, OPENED, PAUSED, PAUSING, RESERVED, RUNNING, TOLD
+from ..errors import InvalidArgument, NotFound, ShimError, Unknown
+from ..protos import anys, events_pb2, runc_options_pb2, task_pb2
+from ..publisher import TOPIC_PAUSED, TOPIC_RESUMED
+from ..task import Task
+from . import runc
+from .container import SIGKILL, Container
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from google.protobuf.empty_pb2 import Empty
+
+    from .._reaper import JobResult, Slot
+    from .._ttrpc import Context
+    from ..publisher import RemotePublisher
+
+SIGNAL_MAX = 64
+
+
+def within(context: Context, seconds: float) -> float:
+    """The deadline for a runtime call: ours, or the caller's when that is nearer."""
+    remaining = context.remaining
+    return seconds if remaining is None else max(0.001, min(seconds, remaining))
+
+
+def empty() -> Empty:
+    from google.protobuf.empty_pb2 import Empty
+
+    return Empty()
+
+
+def state_of(slot: Slot) -> int:
+    """A process's state in state's table. While the runtime is making an exec it counts as running: it may
+    not be deleted or started again. One whose start has failed has stopped."""
+    phase = slot.phase
+    if phase == RESERVED:
+        return state.CREATED
+    if phase == OPENED:
+        return state.RUNNING
+    if phase in (TOLD, DROPPED):
+        return state.STOPPED
+    return slot.status
+
+
+class Control(Task):
+    """State, Wait and Connect are answered by the core from its exit table."""
+
+    native = True
+
+    def __init__(self, publisher: RemotePublisher) -> None:
+        super().__init__()
+        self.publisher = publisher
+        self.core = publisher.core
+        self.namespace = publisher.namespace
+        self.containers: dict[str, Container] = {}  # those under creation too
+
+    def container(self, id: str) -> Container:
+        """Raises NotFound."""
+        container = self.containers.get(id)
+        if container is None or not container.ready:
+            raise NotFound(f"container {id} is not there")
+        return container
+
+    def check(self, container: Container, operation: str) -> None:
+        """Whether an operation on a container is legal now. Raises NotFound and FailedPrecondition."""
+        if container.deleted is not None:
+            raise NotFound(f"container {container.id} is not there")
+        state.check(state.INIT, state_of(container.init.slot), operation)
+
+    # --- signals, processes, stdin
+
+    async def kill(self, request: task_pb2.KillRequest, context: Context) -> Empty:
+        if not 0 <= request.signal <= SIGNAL_MAX:
+            raise InvalidArgument(f"no signal has the number {request.signal}")
+        container = self.container(request.id)
+        process = container.process(request.exec_id)
+        # Without a private pid namespace there may be some to kill when init has gone.
+        everyone = request.all and not request.exec_id
+        if not everyone or not await jobs.in_pool(container.signal_all, request.signal):
+            process.slot.kill(request.signal)
+        if request.signal == SIGKILL and container.init.slot.status in (PAUSING, PAUSED):
+            # A frozen process dies when it is thawed, not before.
+            async with container.lock:
+                if container.init.slot.status == PAUSED:
+                    await self._thaw(container, context)
+        return empty()
+
+    async def pids(self, request: task_pb2.PidsRequest, context: Context) -> task_pb2.PidsResponse:
+        container = self.container(request.id)
+        pids = await jobs.in_pool(container.pids)
+        execs = {
+            process.slot.pid: exec_id for exec_id, process in container.execs.items() if process.slot.pid > 0
+        }
+        response = task_pb2.PidsResponse()
+        for pid in pids:
+            info = response.processes.add(pid=pid)
+            if pid in execs:
+                anys.pack(info.info, runc_options_pb2.ProcessDetails(exec_id=execs[pid]))
+        return response
+
+    async def close_io(self, request: task_pb2.CloseIORequest, context: Context) -> Empty:
+        self.container(request.id).process(request.exec_id).close_stdin()
+        return empty()
+
+    async def resize_pty(self, request: task_pb2.ResizePtyRequest, context: Context) -> Empty:
+        """No process has a console, and resizing what has none succeeds."""
+        self.container(request.id).process(request.exec_id)
+        return empty()
+
+    # --- Pause, Resume, Update
+
+    async def pause(self, request: task_pb2.PauseRequest, context: Context) -> Empty:
+        container = self.container(request.id)
+        async with container.lock:
+            self.check(container, state.PAUSE)
+            slot = container.init.slot
+            slot.set_status(PAUSING)
+            status = RUNNING
+            try:
+                await self.call(
+                    container,
+                    context,
+                    "OCI runtime pause failed",
+                    runc.PAUSE_TIMEOUT,
+                    container.runtime.pause(container.id),
+                )
+                status = PAUSED
+            finally:
+                slot.set_status(status)
+            self.publisher.publish(
+                TOPIC_PAUSED, events_pb2.TaskPaused(container_id=container.id), container.id
+            )
+        return empty()
+
+    async def resume(self, request: task_pb2.ResumeRequest, context: Context) -> Empty:
+        container = self.container(request.id)
+        async with container.lock:
+            self.check(container, state.RESUME)
+            await self._thaw(container, context)
+            self.publisher.publish(
+                TOPIC_RESUMED, events_pb2.TaskResumed(container_id=container.id), container.id
+            )
+        return empty()
+
+    async def _thaw(self, container: Container, context: Context) -> None:
+        argv = container.runtime.resume(container.id)
+        await self.call(container, context, "OCI runtime resume failed", runc.PAUSE_TIMEOUT, argv)
+        container.init.slot.set_status(RUNNING)
+
+    async def update(self, request: task_pb2.UpdateTaskRequest, context: Context) -> Empty:
+        container = self.container(request.id)
+        async with container.lock:
+            self.check(container, state.UPDATE)
+            fd = memory_file(request.resources.value)
+            try:
+                argv = container.runtime.update(container.id)
+                await self.call(
+                    container, context, "OCI runtime update failed", runc.UPDATE_TIMEOUT, argv, fds={0: fd}
+                )
+            finally:
+                os.close(fd)
+        return empty()
+
+    # --- runtime calls
+
+    async def run(
+        self, context: Context, seconds: float, argv: list[str], fds: dict[int, int] | None = None
+    ) -> JobResult:
+        """One runtime call, at most `seconds` long. Raises Unknown when it can't be started."""
+        try:
+            return await jobs.run_job(argv, timeout=within(context, seconds), cap=runc.OUTPUT_CAP, fds=fds)
+        except OSError as error:
+            raise Unknown(f"OCI runtime {argv[0]!r} can't be started: {error.strerror}") from None
+
+    async def call(
+        self,
+        container: Container,
+        context: Context,
+        what: str,
+        seconds: float,
+        argv: list[str],
+        fds: dict[int, int] | None = None,
+    ) -> None:
+        """One runtime call that has to succeed. Raises Unknown and DeadlineExceeded: `what`, and the
+        runtime's reason."""
+        result = await self.run(context, seconds, argv, fds)
+        if result.status != 0:
+            raise await self.failure(container, what, result)
+
+    async def failure(self, container: Container, what: str, result: JobResult) -> ShimError:
+        return runc.failure(what, result, await jobs.in_pool(container.runtime_log))
+
+
+def memory_file(data: bytes) -> int:
+    """An fd to read `data` from, at its start; memory alone, so nothing blocks."""
+    fd = os.memfd_create("resources", os.MFD_CLOEXEC)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

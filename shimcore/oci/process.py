@@ -1,0 +1,183 @@
+"""One process of a container as the service keeps it: its slot in the exit table, its stdio, and what Start
+needs.
+
+Everything here is touched on the RPC thread only, except the functions that say "for the pool".
+"""
+
+from __future__ import annotations
+
+import os
+
+from .. import jobs
+from .._reaper import TOLD
+from ..errors import InvalidArgument
+from ..util import json_dumps, json_loads, read_pid_from_file, write_str_to_file
+from .runc import INIT_PID_FILE, read_log
+from .stdio import Stdio, open_stdio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .._reaper import Core, Slot
+
+# Seconds between two looks at whether what an ended process wrote has been read: the first, and the longest.
+DRAIN_FIRST = 0.002
+DRAIN_LONGEST = 1.0
+
+
+class Process:
+    """A container's init (exec_id "") or an exec."""
+
+    __slots__ = (
+        "bundle",
+        "exec_id",
+        "io",
+        "slot",
+        "spec",
+        "stderr",
+        "stdin",
+        "stdin_closed",
+        "stdout",
+        "told",
+    )
+
+    def __init__(
+        self, slot: Slot, bundle: str, stdin: str, stdout: str, stderr: str, spec: bytes = b""
+    ) -> None:
+        self.slot = slot
+        self.exec_id = slot.exec_id
+        self.bundle = bundle
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self.spec = spec  # an exec's JSON Process, until it has been started
+        self.io: Stdio | None = None
+        self.stdin_closed = False
+        self.told = jobs.Event()
+
+    def open_io(self, owner: tuple[int, int] = (0, 0)) -> None:
+        """For the pool."""
+        self.io = open_stdio(
+            self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner
+        )
+
+    def child_fds(self) -> dict[int, int]:
+        """What the runtime is given as 0, 1 and 2."""
+        if self.io is None:
+            return {}
+        return self.io.child_fds()
+
+    def io_started(self) -> None:
+        if self.io is not None:
+            self.io.started()
+            if self.stdin_closed:  # CloseIO came while the runtime was at work
+                self.io.close_stdin()
+
+    def close_stdin(self) -> None:
+        """CloseIO; before Start it is kept for then."""
+        self.stdin_closed = True
+        if self.io is not None:
+            self.io.close_stdin()
+
+    def close_io(self) -> None:
+        if self.io is not None:
+            self.io.close()
+
+    def ended(self, core: Core) -> None:
+        """The exit was told: whoever waits for it goes on, and the write ends of what has been read are
+        closed."""
+        self.told.set()
+        if self.io is not None and not self.io.process_ended():
+            jobs.Task(core, self._drain(self.io)).step()
+
+    async def _drain(self, io: Stdio) -> None:
+        pause = DRAIN_FIRST
+        while True:
+            await jobs.sleep(pause)
+            if io.process_ended():
+                return
+            pause = min(2 * pause, DRAIN_LONGEST)
+
+    async def wait_told(self, core: Core, seconds: float) -> bool:
+        """Wait until the exit was told, at most so long; whether it was."""
+        gate = jobs.Event()
+
+        async def after_exit() -> None:
+            await self.told
+            gate.set()
+
+        async def after_time() -> None:
+            await jobs.sleep(seconds)
+            gate.set()
+
+        jobs.Task(core, after_exit()).step()
+        jobs.Task(core, after_time()).step()
+        await gate
+        return self.slot.phase == TOLD
+
+
+class ExecFiles:
+    """An exec's files in the bundle. <exec_id>.pid is the contract's; the other two are gone when Start has
+    ended."""
+
+    __slots__ = ("log", "pid", "spec")
+
+    def __init__(self, bundle: str, exec_id: str) -> None:
+        base = os.path.join(bundle, exec_id)
+        # An exec may be called "init".
+        self.pid = base + (".pid" if exec_id + ".pid" != INIT_PID_FILE else ".exec.pid")
+        self.spec = base + ".process.json"
+        self.log = base + ".log.json"
+
+    def write_spec(self, spec: bytes) -> None:
+        """For the pool."""
+        unlink(self.pid)
+        unlink(self.log)
+        write_str_to_file(self.spec, spec)
+
+    def collect(self) -> int:
+        """The pid of the process that was made; for the pool. Raises OSError and InvalidArgument."""
+        pid = read_pid_from_file(self.pid)
+        self.tidy()
+        return pid
+
+    def read_log(self) -> bytes:
+        """For the pool."""
+        return read_log(self.log)[0]
+
+    def tidy(self) -> None:
+        """For the pool."""
+        unlink(self.spec)
+        unlink(self.log)
+
+    def remove(self) -> None:
+        """For the pool."""
+        self.tidy()
+        unlink(self.pid)
+
+
+def unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def check_id(id: str, what: str) -> None:
+    """Ids become file names in the bundle and arguments of the runtime. Raises InvalidArgument."""
+    if not id or id in (".", "..") or "/" in id or "\0" in id or id.startswith("-"):
+        raise InvalidArgument(f"{what} {id!r} can't be used")
+
+
+def exec_spec(value: bytes, terminal: bool) -> bytes:
+    """The JSON Process to hand to the runtime; the request's terminal is what counts. Raises
+    InvalidArgument."""
+    try:
+        spec = json_loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"the process of exec is not JSON: {error}") from None
+    if not isinstance(spec, dict):
+        raise InvalidArgument("the process of exec is not a JSON object")
+    if bool(spec.get("terminal")) == terminal:
+        return value  # as it came: numbers and unknown fields survive
+    spec["terminal"] = terminal
+    return json_dumps(spec).encode()

@@ -1,0 +1,317 @@
+"""The task service over an OCI runtime: the life of containers and execs. What is done to those that live is
+in control.
+
+Handlers are coroutines on the RPC thread: they never block, runtime calls are jobs, files and mounts go to
+the pool. Whatever a handler raises, the slot that it opened is bound or dropped when its reply goes out. No
+exit is published here: the core does that, and calls on_exit when it has.
+"""
+
+from __future__ import annotations
+
+from .. import jobs, logger, state
+from .._reaper import RUNNING, TOLD
+from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, ShimError, Unimplemented
+from ..protos import events_pb2, task_pb2
+from ..publisher import TOPIC_CREATE, TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXEC_STARTED, TOPIC_START
+from . import runc, stdio
+from .container import SIGKILL, Container
+from .control import Control, empty, state_of
+from .process import ExecFiles, Process, check_id, exec_spec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from google.protobuf.empty_pb2 import Empty
+
+    from .._reaper import Slot
+    from .._ttrpc import Context
+
+# Seconds that Delete of a container that was never started waits for the exit of the init it has killed.
+KILLED_INIT_TIMEOUT = 10.0
+# Seconds after which a shim ends whose only Create was taken back because its caller had gone: nobody will
+# say Shutdown.
+ORPHAN_TIMEOUT = 10.0
+
+
+class RuncTask(Control):
+    """containerd.task.v2.Task and v3 for the containers of one shim, which may be one container or a pod."""
+
+    def on_exit(self, slot: Slot) -> None:
+        if isinstance(slot.cookie, Process):
+            slot.cookie.ended(self.core)
+
+    # --- Create
+
+    async def create(
+        self, request: task_pb2.CreateTaskRequest, context: Context
+    ) -> task_pb2.CreateTaskResponse:
+        check_id(request.id, "container id")
+        if not request.bundle.startswith("/"):
+            raise InvalidArgument(f"bundle {request.bundle!r} is not an absolute path")
+        if request.terminal:
+            raise Unimplemented("terminals are not implemented")
+        if request.checkpoint:
+            raise Unimplemented("restoring a checkpoint is not implemented")
+        stdio.check(request.stdin, request.stdout, request.stderr)
+        slot = self.core.open(request.id, _constant_state(request, request.bundle))
+        init = Process(slot, request.bundle, request.stdin, request.stdout, request.stderr)
+        container = Container(request.id, self.namespace, request.bundle, init)
+        slot.cookie = init
+        self.containers[request.id] = container
+        try:
+            async with container.lock:
+                pid = await self._create(container, request, context)
+        finally:
+            if not container.ready:
+                # In this order a Wait that is parked is answered before the container is unknown.
+                slot.drop()
+                slot.forget()
+                del self.containers[request.id]
+                if context.cancelled:
+                    jobs.Task(self.core, self._end_if_unused()).step()
+        return task_pb2.CreateTaskResponse(pid=pid)
+
+    async def _create(
+        self, container: Container, request: task_pb2.CreateTaskRequest, context: Context
+    ) -> int:
+        slot = container.init.slot
+        called = False
+        try:
+            options = request.options
+            await jobs.in_pool(container.prepare, options.type_url, options.value, request.rootfs)
+            called = True
+            argv = container.runtime.create(
+                container.id,
+                container.bundle,
+                container.pid_file,
+                no_pivot=container.options.no_pivot_root,
+                no_new_keyring=container.options.no_new_keyring,
+            )
+            result = await self.run(context, runc.CREATE_TIMEOUT, argv, container.init.child_fds())
+            if result.status != 0:
+                raise await self.failure(container, "OCI runtime create failed", result)
+            pid = await jobs.in_pool(container.collect)
+            if context.cancelled:
+                # Nobody would ever ask for this container again: it would run for a containerd that doesn't
+                # know it.
+                raise Canceled("the caller of Create has gone")
+            slot.bind(pid)
+        except Exception:
+            await self._uncreate(container, called)
+            raise
+        # From here on there is a process, whose exit will be told: nothing below may fail.
+        container.ready = True
+        container.init.io_started()
+        if not container.private_pids and container.cgroup:
+            slot.set_kill_rest(container.cgroup + "/cgroup.procs")
+        event = events_pb2.TaskCreate(
+            container_id=container.id,
+            bundle=container.bundle,
+            rootfs=request.rootfs,
+            io=events_pb2.TaskIO(
+                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
+            ),
+            checkpoint=request.checkpoint,
+            pid=pid,
+        )
+        slot.announce(TOPIC_CREATE, event.DESCRIPTOR.full_name, event.SerializeToString())
+        return pid
+
+    async def _uncreate(self, container: Container, called: bool) -> None:
+        if called:
+            try:
+                argv = container.runtime.delete(container.id, force=True)
+                await jobs.run_job(argv, timeout=runc.DELETE_TIMEOUT, cap=runc.OUTPUT_CAP)
+            except OSError as error:
+                logger.warn("the runtime can't be started", id=container.id, error=error)
+        await jobs.in_pool(container.unprepare)
+
+    async def _end_if_unused(self) -> None:
+        await jobs.sleep(ORPHAN_TIMEOUT)
+        if not self.containers:
+            self.exit.signal()
+
+    # --- Start
+
+    async def start(self, request: task_pb2.StartRequest, context: Context) -> task_pb2.StartResponse:
+        container = self.container(request.id)
+        if request.exec_id:
+            pid = await self._start_exec(container, container.process(request.exec_id), context)
+        else:
+            async with container.lock:
+                pid = await self._start_init(container, context)
+        return task_pb2.StartResponse(pid=pid)
+
+    async def _start_init(self, container: Container, context: Context) -> int:
+        self.check(container, state.START)
+        slot = container.init.slot
+        topic = type_url = ""
+        payload = b""
+        # Held, the exit of an init that dies at once is told after TaskStart, or after it is known that there
+        # is none.
+        slot.hold()
+        try:
+            argv = container.runtime.start(container.id)
+            await self.call(container, context, "OCI runtime start failed", runc.START_TIMEOUT, argv)
+            slot.set_status(RUNNING)
+            event = events_pb2.TaskStart(container_id=container.id, pid=slot.pid)
+            topic, type_url, payload = TOPIC_START, event.DESCRIPTOR.full_name, event.SerializeToString()
+        finally:
+            slot.release(topic, type_url, payload)
+        return slot.pid
+
+    async def _start_exec(self, container: Container, process: Process, context: Context) -> int:
+        # Execs of a container start side by side: opening the slot is what lets one Start in, and none after
+        # init's exit.
+        slot = process.slot
+        init = state_of(container.init.slot)
+        state.check_exec_start(state_of(slot), init, init == state.STOPPED)
+        slot.open()
+        files = ExecFiles(container.bundle, process.exec_id)
+        owner = (container.options.io_uid, container.options.io_gid)
+        bound = False
+        try:
+            await jobs.in_pool(_prepare_exec, files, process, owner)
+            argv = container.runtime.exec(container.id, files.spec, files.pid, files.log)
+            result = await self.run(context, runc.EXEC_TIMEOUT, argv, process.child_fds())
+            if result.status != 0:
+                log = await jobs.in_pool(files.read_log)
+                raise runc.failure("OCI runtime exec failed", result, log)
+            pid = await jobs.in_pool(files.collect)
+            slot.bind(pid)
+            bound = True
+        except Exception:
+            await jobs.in_pool(_undo_exec, files, container)
+            raise
+        finally:
+            if not bound:
+                slot.drop()
+                process.close_io()
+        process.spec = b""
+        process.io_started()
+        slot.set_status(RUNNING)
+        event = events_pb2.TaskExecStarted(container_id=container.id, exec_id=process.exec_id, pid=pid)
+        slot.announce(TOPIC_EXEC_STARTED, event.DESCRIPTOR.full_name, event.SerializeToString())
+        return pid
+
+    # --- Exec
+
+    async def exec(self, request: task_pb2.ExecProcessRequest, context: Context) -> Empty:
+        container = self.container(request.id)
+        check_id(request.exec_id, "exec id")
+        if request.terminal:
+            raise Unimplemented("terminals are not implemented")
+        stdio.check(request.stdin, request.stdout, request.stderr)
+        self.check(container, state.ADD_EXEC)
+        spec = exec_spec(request.spec.value, request.terminal)
+        slot = self.core.reserve(request.id, request.exec_id, _constant_state(request, container.bundle))
+        process = Process(slot, container.bundle, request.stdin, request.stdout, request.stderr, spec)
+        slot.cookie = process
+        container.execs[request.exec_id] = process
+        event = events_pb2.TaskExecAdded(container_id=container.id, exec_id=request.exec_id)
+        self.publisher.publish(TOPIC_EXEC_ADDED, event, container.id, request.exec_id)
+        return empty()
+
+    # --- Delete
+
+    async def delete(self, request: task_pb2.DeleteRequest, context: Context) -> task_pb2.DeleteResponse:
+        container = self.container(request.id)
+        if request.exec_id:
+            return await self._delete_exec(container, container.process(request.exec_id))
+        async with container.lock:
+            # A Delete whose caller gave up goes on all the same; who asked again meanwhile gets its answer.
+            if container.deleted is None:
+                container.deleted = await self._delete_init(container, context)
+            return container.deleted
+
+    async def _delete_exec(self, container: Container, process: Process) -> task_pb2.DeleteResponse:
+        slot = process.slot
+        state.check(state.EXEC, state_of(slot), state.DELETE)
+        response = _exit_of(slot)
+        slot.forget()
+        container.execs.pop(process.exec_id, None)
+        process.close_io()
+        await jobs.in_pool(ExecFiles(container.bundle, process.exec_id).remove)
+        return response
+
+    async def _delete_init(self, container: Container, context: Context) -> task_pb2.DeleteResponse:
+        slot = container.init.slot
+        self.check(container, state.DELETE)
+        if slot.phase != TOLD:
+            await self._kill_unstarted(container)
+        result = await self.run(context, runc.DELETE_TIMEOUT, container.runtime.delete(container.id))
+        if result.status != 0:
+            # A container that the runtime has forgotten is fine: our own earlier Delete may have failed at
+            # the rootfs.
+            error = await self.failure(container, "failed to delete task", result)
+            if not runc.is_missing(str(error)):
+                argv = container.runtime.delete(container.id, force=True)
+                result = await self.run(context, runc.DELETE_TIMEOUT, argv)
+                if result.status != 0:
+                    raise error
+        await jobs.in_pool(container.clean)
+        response = _exit_of(slot)
+        event = events_pb2.TaskDelete(
+            container_id=container.id,
+            pid=response.pid,
+            exit_status=response.exit_status,
+            exited_at=response.exited_at,
+        )
+        self.publisher.publish(TOPIC_DELETE, event, container.id)
+        slot.forget()
+        del self.containers[container.id]
+        return response
+
+    async def _kill_unstarted(self, container: Container) -> None:
+        try:
+            container.init.slot.kill(SIGKILL)
+        except NotFound:  # it has died, and its exit is about to be told
+            pass
+        if not await container.init.wait_told(self.core, KILLED_INIT_TIMEOUT):
+            raise FailedPrecondition("cannot delete a running process")
+
+    # --- Shutdown
+
+    async def shutdown(self, request: task_pb2.ShutdownRequest, context: Context) -> Empty:
+        """Nothing while a container remains, or comes to be, whatever `now` says; it may come many times."""
+        if not self.containers:
+            self.exit.signal()
+        return empty()
+
+
+def _constant_state(request: task_pb2.CreateTaskRequest | task_pb2.ExecProcessRequest, bundle: str) -> bytes:
+    """The fields of StateResponse that never change. Its id is the exec's own for an exec, as in Go's
+    shim."""
+    exec_id = request.exec_id if isinstance(request, task_pb2.ExecProcessRequest) else ""
+    message = task_pb2.StateResponse(
+        id=exec_id or request.id,
+        bundle=bundle,
+        stdin=request.stdin,
+        stdout=request.stdout,
+        stderr=request.stderr,
+        terminal=request.terminal,
+        exec_id=exec_id,
+    )
+    return message.SerializeToString()
+
+
+def _exit_of(slot: Slot) -> task_pb2.DeleteResponse:
+    response = task_pb2.DeleteResponse(pid=slot.pid, exit_status=slot.exit_status)
+    if slot.exited_at:
+        response.exited_at.FromNanoseconds(slot.exited_at)
+    return response
+
+
+def _prepare_exec(files: ExecFiles, process: Process, owner: tuple[int, int]) -> None:
+    files.write_spec(process.spec)
+    process.open_io(owner)
+
+
+def _undo_exec(files: ExecFiles, container: Container) -> None:
+    """A runtime that was killed may have made the process before: nobody would wait for it."""
+    try:
+        pid = files.collect()
+    except (OSError, ShimError):
+        pid = 0
+    if pid:
+        container.signal_one(pid, SIGKILL)
+    files.remove()

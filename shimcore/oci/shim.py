@@ -1,0 +1,231 @@
+"""What `start` and `delete` do for an OCI runtime. Both run once per container: no protobuf, no json, no
+subprocess here.
+
+The task service is imported when the daemon asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..bootstrap import DeleteResult
+from ..errors import ShimError
+from ..shim import Shim, spawn
+from ..util import json_loads, now_ns, read_file_to_str, read_pid_from_file, read_runtime, read_spec
+from .options import Options, from_any, from_bundle
+from .runc import INIT_PID_FILE, LOG_FILE, Runtime, last_error, read_log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..bootstrap import StartOpts
+    from ..publisher import RemotePublisher
+    from ..task import Task
+
+# A container with one of these joins the shim of its group; the first that is there counts.
+GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+
+SIGKILL = 9
+KILLED_STATUS = 128 + SIGKILL
+# Seconds. containerd kills `delete` after 5.
+INIT_DEATH_TIMEOUT = 1.0
+RUNTIME_TIMEOUT = 3.0
+
+
+def grouping(spec: dict[str, Any], id: str) -> str:
+    """The id under which a container's shim is found: its group's, else its own."""
+    annotations = spec.get("annotations")
+    if isinstance(annotations, dict):
+        for name in GROUP_ANNOTATIONS:
+            group = annotations.get(name)
+            if isinstance(group, str):
+                return group
+    return id
+
+
+class RuncShim(Shim):
+    """containerd-shim-runc-v2-py."""
+
+    def start_shim(self, opts: StartOpts) -> str:
+        """The address of the shim that serves this container: a new daemon's, or that of its group's."""
+        # Whatever is wrong with the options is said before there is a daemon.
+        options = from_any(*opts.options) if opts.options is not None else Options()
+        pid, address = spawn(opts, grouping(read_spec(os.curdir), opts.id))
+        if pid and options.shim_cgroup:
+            _join_cgroup(pid, address, options.shim_cgroup)
+        return address
+
+    def create_task_service(self, publisher: RemotePublisher) -> Task:
+        from .service import RuncTask
+
+        return RuncTask(publisher)
+
+    def delete_shim(self) -> DeleteResult:
+        """Clear away what a container has left, whether its shim is alive, dead, or has done all this
+        already.
+
+        What can't be cleared is logged and not raised: containerd, told of a failure, would keep the bundle
+        for ever."""
+        id, namespace = self.flags.id, self.flags.namespace
+        bundle = _bundle(self.flags.bundle, id)
+        options = from_bundle(bundle)
+        try:
+            options.binary_name = read_runtime(bundle) or options.binary_name
+        except OSError:
+            pass
+        runtime = Runtime(options, namespace, bundle)
+        try:
+            pid = read_pid_from_file(os.path.join(bundle, INIT_PID_FILE))
+        except (OSError, ShimError):
+            pid = 0
+        # Without its state the runtime has nothing to delete, and is not asked: it has been done by the shim,
+        # mostly.
+        if os.path.isdir(runtime.state_dir(id)):
+            pid = _kill_init(runtime.state_dir(id)) or pid
+            _run_delete(runtime, id, os.path.join(bundle, LOG_FILE))
+        _umount(os.path.join(bundle, "rootfs"))
+        _remove_dead_socket(bundle)
+        return DeleteResult(pid, KILLED_STATUS, now_ns())
+
+
+def _bundle(flag: str, id: str) -> str:
+    """The bundle of `delete`: -bundle, else the working directory. It may have gone, which is no reason to
+    fail."""
+    if flag:
+        return os.path.abspath(flag)
+    try:
+        return os.path.join(os.path.dirname(os.getcwd()), id)
+    except OSError:
+        return "/nonexistent"
+
+
+def _join_cgroup(pid: int, address: str, path: str) -> None:
+    """Move the daemon into shim_cgroup; a daemon that can't be moved is not left running."""
+    from ..cgroup import add_task_to_cgroup
+
+    try:
+        add_task_to_cgroup(path, pid)
+    except BaseException:
+        from ..address import remove_socket_silently
+
+        os.kill(pid, SIGKILL)  # our child, which nobody has waited for: the pid is its own
+        remove_socket_silently(address)
+        raise
+
+
+def _recorded_init(state_dir: str) -> tuple[int, int]:
+    """(pid, start time in clock ticks since boot) of the init that the runtime has recorded, (0, 0) when it
+    can't be told."""
+    # runc, then crun.
+    for name, pid_key, start_key in (
+        ("state.json", "init_process_pid", "init_process_start"),
+        ("status", "pid", "process-start-time"),
+    ):
+        try:
+            state = json_loads(read_file_to_str(os.path.join(state_dir, name)))
+            pid, start = state[pid_key], state[start_key]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(pid, int) and isinstance(start, int) and pid > 1 and start > 0:
+            return pid, start
+    return 0, 0
+
+
+def _start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat, 0 when there is no such process; the name before it may hold spaces and
+    brackets."""
+    try:
+        return int(read_file_to_str(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _kill_init(state_dir: str) -> int:
+    """Kill the container's init if it lives and wait for its death; returns its pid, 0 when the runtime
+    doesn't know.
+
+    `delete --force` would do it, but looks at it only every 100 ms. A pid that was reused since has another
+    start time, and is looked at after the pidfd is open."""
+    from .._reaper import pidfd_open, pidfd_send_signal
+
+    pid, start = _recorded_init(state_dir)
+    if not pid or _start_time(pid) != start:
+        return pid
+    try:
+        fd = pidfd_open(pid)
+    except OSError:
+        return pid
+    try:
+        if _start_time(pid) == start:
+            pidfd_send_signal(fd, SIGKILL)
+            _wait_readable(fd, INIT_DEATH_TIMEOUT)
+    except OSError as error:
+        _warn("init of the container can't be killed", error, pid=pid)
+    finally:
+        os.close(fd)
+    return pid
+
+
+def _wait_readable(fd: int, seconds: float) -> bool:
+    from select import POLLIN, poll
+
+    poller = poll()
+    poller.register(fd, POLLIN)
+    return bool(poller.poll(seconds * 1000))
+
+
+def _run_delete(runtime: Runtime, id: str, log: str) -> None:
+    from .._reaper import pidfd_send_signal
+    from .._reaper import spawn as spawn_process
+
+    try:
+        size = os.stat(log).st_size
+    except OSError:
+        size = 0
+    try:
+        # No log that can't be written may keep the runtime from deleting.
+        _, fd = spawn_process(runtime.delete(id, force=True), new_group=True)
+    except OSError as error:
+        _warn("the runtime can't be started", error, binary=runtime.binary)
+        return
+    try:
+        if not _wait_readable(fd, RUNTIME_TIMEOUT):
+            pidfd_send_signal(fd, SIGKILL)
+            _warn("the runtime did not delete the container in time", None, id=id)
+        result = os.waitid(os.P_PIDFD, fd, os.WEXITED)
+        if result is not None and result.si_status != 0:
+            _warn("the runtime did not delete the container", last_error(read_log(log, size)[0]), id=id)
+    except OSError as error:
+        _warn("the runtime can't be waited for", error, id=id)
+    finally:
+        os.close(fd)
+
+
+def _umount(rootfs: str) -> None:
+    from ..mount import umount_recursive
+
+    try:
+        umount_recursive(rootfs)
+    except (OSError, ShimError) as error:
+        _warn("rootfs can't be unmounted", error, rootfs=rootfs)
+
+
+def _remove_dead_socket(bundle: str) -> None:
+    """A shim that was killed leaves its socket; that of a group's living shim answers, and stays."""
+    from ..address import read_address, remove_socket, wait_socket_working
+
+    try:
+        address = read_address(bundle)
+        if not wait_socket_working(address):
+            remove_socket(address)
+    except ShimError:
+        pass  # no address file, mostly
+    except OSError as error:
+        _warn("socket of a dead shim can't be removed", error)
+
+
+def _warn(text: str, error: object, **fields: Any) -> None:
+    from .. import logger
+
+    logger.warn(text, **fields, **({"error": error} if error else {}))

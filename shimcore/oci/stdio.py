@@ -1,0 +1,235 @@
+"""stdin, stdout and stderr of a process, handed to it directly: no byte passes through the shim.
+
+FIFOs (a plain path, or fifo://). Of stdout and stderr we open the read end first, then the write end, so that
+neither open waits for containerd; both are ours while the process lives. So its writes never meet a FIFO
+without a reader (no SIGPIPE when containerd goes away), and a reader that comes late finds a writer. When the
+process has ended and what it wrote has been read, our write end is closed, and the reader sees the end of the
+file. What is unread keeps the write end open until Delete: a reader that opens a FIFO without a writer would
+wait for ever, and its bytes go when the last end is closed. Of stdin we hold the write end, so that the end
+of the file comes from CloseIO alone.
+
+file:// is opened for appending and made 0644 if need be; "" is /dev/null; a plain path to a file or device
+that is there is opened for appending as it is.
+
+Every FIFO is looked at by an O_PATH descriptor and opened through /proc/self/fd, so that all opens get the
+one that was looked at. Opening may hang where the file system does: it is for the pool.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ..errors import InvalidArgument, Unimplemented
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FIONREAD = 0x541B  # termios.FIONREAD, without termios
+_NULL = "/dev/null"
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """(scheme, path) of what a client names: "" , "fifo" or "file". Raises InvalidArgument and
+    Unimplemented."""
+    if not uri:
+        return "", ""
+    scheme, separator, path = uri.partition("://")
+    if not separator:
+        scheme, path = "fifo", uri
+    if scheme in ("binary", "binary-v2"):
+        raise Unimplemented(f"stdio by {scheme}:// is not implemented")
+    if scheme not in ("fifo", "file"):
+        raise InvalidArgument(f"unknown scheme of stdio {uri!r}")
+    path = path.partition("?")[0] if separator else path
+    if not path.startswith("/") or "\0" in path:
+        raise InvalidArgument(f"stdio is not an absolute path: {uri!r}")
+    return scheme, path
+
+
+def check(stdin: str, stdout: str, stderr: str) -> None:
+    """Refuse what we can't do before anything is made. Raises InvalidArgument and Unimplemented."""
+    if _split(stdin)[0] == "file":
+        raise InvalidArgument("stdin can't be a file:// URI")
+    _split(stdout)
+    _split(stderr)
+
+
+class _Stream:
+    """One FIFO of output: our read end, and our write end, which the process has too."""
+
+    __slots__ = ("read_fd", "write_fd")
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.read_fd = read_fd
+        self.write_fd = write_fd
+
+    def unread(self) -> bool:
+        from fcntl import ioctl
+
+        count = ioctl(self.read_fd, FIONREAD, b"\0\0\0\0")
+        return any(count)
+
+
+class Stdio:
+    """The open ends for one process. Made by open_stdio on the pool, then owned by the RPC thread."""
+
+    __slots__ = ("_child", "_closed", "_stdin_hold", "_streams")
+
+    def __init__(self) -> None:
+        self._child: dict[int, int] = {}  # the child's fd -> ours
+        self._streams: list[_Stream] = []
+        self._stdin_hold = -1
+        self._closed = False
+
+    def child_fds(self) -> dict[int, int]:
+        """What to hand to the runtime as 0, 1 and 2; all three are there, so that none is captured."""
+        return dict(self._child)
+
+    def started(self) -> None:
+        """The runtime has ended: the process has its own copies of what only it needs."""
+        kept = [stream.write_fd for stream in self._streams]
+        for fd in set(self._child.values()):
+            if fd not in kept:
+                os.close(fd)
+        self._child = {}
+
+    def close_stdin(self) -> None:
+        """CloseIO: the process reads to the end of what was written and then sees the end of the file.
+        Idempotent."""
+        fd, self._stdin_hold = self._stdin_hold, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def process_ended(self) -> bool:
+        """Close our write end of each stream that has been read up; whether none is left. Call it again while
+        there are."""
+        self.close_stdin()
+        left = False
+        for stream in self._streams:
+            if stream.write_fd < 0:
+                continue
+            if stream.unread():
+                left = True
+            else:
+                fd, stream.write_fd = stream.write_fd, -1
+                os.close(fd)
+        return not left
+
+    def close(self) -> None:
+        """Delete, or the way back from a failed Create or Start. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.started()
+        self.close_stdin()
+        for stream in self._streams:
+            if stream.write_fd >= 0:
+                os.close(stream.write_fd)
+            os.close(stream.read_fd)
+        self._streams = []
+
+    # --- opening
+
+    def _open_null(self, number: int) -> None:
+        self._child[number] = os.open(_NULL, (os.O_RDONLY if number == 0 else os.O_WRONLY) | os.O_CLOEXEC)
+
+    def _open_input(self, path: str, hold: bool) -> None:
+        def as_fifo(name: str) -> None:
+            first = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if hold:
+                    self._stdin_hold = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
+                    self._child[0] = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+                    return
+                # CloseIO came before Start. Without a writer a blocking open would wait for one, so one is
+                # there for its time.
+                writer = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    self._child[0] = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+                finally:
+                    os.close(writer)
+            finally:
+                os.close(first)
+
+        def as_file(name: str) -> None:
+            self._child[0] = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+
+        _through_path(path, as_fifo, as_file)
+
+    def _open_output(self, number: int, scheme: str, path: str, owner: tuple[int, int]) -> None:
+        if scheme == "file":
+            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+            fd = os.open(path, flags, 0o644)
+            self._child[number] = fd
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise InvalidArgument(f"stdio is not a regular file: {path}")
+            os.set_blocking(fd, True)
+            return
+
+        def as_fifo(name: str) -> None:
+            read_fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                write_fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
+            except BaseException:
+                os.close(read_fd)
+                raise
+            self._streams.append(_Stream(read_fd, write_fd))
+            self._child[number] = write_fd
+            if owner != (0, 0):
+                os.fchown(write_fd, *owner)
+
+        def as_file(name: str) -> None:
+            self._child[number] = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY)
+
+        _through_path(path, as_fifo, as_file)
+
+
+def _through_path(path: str, as_fifo: Callable[[str], None], as_file: Callable[[str], None]) -> None:
+    """Look at the path once, then open what was looked at, under its name in /proc."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise InvalidArgument(f"stdio can't be opened: {path}: {error.strerror}") from None
+    try:
+        mode = os.fstat(fd).st_mode
+        name = f"/proc/self/fd/{fd}"
+        if stat.S_ISFIFO(mode):
+            as_fifo(name)
+        elif stat.S_ISREG(mode) or stat.S_ISCHR(mode):
+            as_file(name)
+        else:
+            raise InvalidArgument(f"stdio is neither a FIFO nor a file: {path}")
+    except OSError as error:
+        # /proc/self/fd/N tells a client nothing.
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(fd)
+
+
+def open_stdio(
+    stdin: str, stdout: str, stderr: str, *, hold_stdin: bool = True, owner: tuple[int, int] = (0, 0)
+) -> Stdio:
+    """Open everything for one process; for the pool.
+
+    hold_stdin: False when CloseIO came before the process. owner: uid and gid of the FIFOs of output (io_uid,
+    io_gid). Raises InvalidArgument, Unimplemented, OSError; nothing is left open then."""
+    io = Stdio()
+    try:
+        scheme, path = _split(stdin)
+        if scheme:
+            io._open_input(path, hold_stdin)
+        else:
+            io._open_null(0)
+        for number, uri in ((1, stdout), (2, stderr)):
+            scheme, path = _split(uri)
+            if scheme:
+                io._open_output(number, scheme, path, owner)
+            else:
+                io._open_null(number)
+    except BaseException:
+        io.close()
+        raise
+    return io

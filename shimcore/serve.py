@@ -1,0 +1,229 @@
+"""The daemon's life, and `delete`'s: the two actions in which children are reaped."""
+
+from __future__ import annotations
+
+import os
+import stat
+from _thread import stack_size, start_new_thread
+
+from . import _reaper, logger, monitor
+from .errors import FailedPrecondition
+from .publisher import RemotePublisher, new_core
+from .shim import one_line, prepare
+from .daemon import READY, READY_ENV, SOCKET_FD
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from ._ttrpc import Server
+    from .bootstrap import Config, Invocation
+    from .shim import Shim
+    from .task import Task
+
+_STACK = 512 * 1024
+SHUTDOWN_TIMEOUT = 5.0  # seconds for calls in flight, and as many for events not acknowledged yet
+
+_SIGNALS = {2: "SIGINT", 10: "SIGUSR1", 13: "SIGPIPE", 15: "SIGTERM"}
+
+
+def _on_leader(core: _reaper.Core, work: Callable[[], Any]) -> Any:
+    """Run `work` on another thread while this one, the leader, is the exit thread; return or raise as it does."""
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            core.stop()
+
+    start_new_thread(body, ())
+    core.run()
+    if failure:
+        raise failure[0]
+    return outcome[0] if outcome else None
+
+
+def _reap(core: _reaper.Core, config: Config) -> None:
+    prepare(config)
+    core.install_signals(not config.no_reaper)
+
+
+def _log_signal(signum: int) -> None:
+    logger.debug("signal", signal=_SIGNALS.get(signum, str(signum)))
+
+
+def _note(task: Task | None) -> Callable[[tuple[Any, ...]], None]:
+    """What becomes of the core's notes that no RPC waits for."""
+
+    def handle(note: tuple[Any, ...]) -> None:
+        kind = note[0]
+        if kind == _reaper.NOTE_PID:
+            monitor.monitor_notify_by_pid(note[1], note[2])
+            if task is not None:
+                task.on_pid(note[1], note[2])
+        elif kind == _reaper.NOTE_TOLD:
+            slot = note[1]
+            monitor.monitor_notify_by_exec(slot.container_id, slot.exec_id, slot.exit_status)
+            if task is not None:
+                task.on_exit(slot)
+        elif kind == _reaper.NOTE_SIGNAL:
+            _log_signal(note[1])
+            if task is not None:
+                task.on_signal(note[1])
+
+    return handle
+
+
+# ---- delete ----
+
+
+def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation) -> bytes:
+    """Make the shim and let it clean up, children being reaped meanwhile; DeleteResponse, serialized."""
+    from .bootstrap import encode_delete
+
+    core = new_core(invocation.flags.namespace, "")
+    core.tell_pids = True
+    stack_size(_STACK)
+
+    def notes() -> None:
+        handle = _note(None)
+        while True:
+            for note in core.notes():
+                if note[0] == _reaper.NOTE_POST:
+                    note[1]()
+                elif note[0] == _reaper.NOTE_JOB:
+                    note[1].cookie.step(note[1].result())
+                elif note[0] == _reaper.NOTE_TIMER:
+                    note[1].step()
+                else:
+                    handle(note)
+
+    def work() -> bytes:
+        shim = cls(runtime_id, invocation.flags, config)
+        _reap(core, config)
+        start_new_thread(notes, ())
+        return encode_delete(shim.delete_shim())
+
+    result: bytes = _on_leader(core, work)
+    return result
+
+
+# ---- serve ----
+
+
+class _Ready:
+    """Tells the `start` that made this daemon that it serves, or why it does not."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self) -> None:
+        self._fd = -1
+        number = os.environ.pop(READY_ENV, "")
+        if number.isdigit():
+            self._fd = int(number)
+            os.set_inheritable(self._fd, False)
+
+    def tell(self, words: bytes) -> None:
+        if self._fd < 0:
+            return
+        try:
+            os.write(self._fd, words)
+        except OSError:
+            pass
+        os.close(self._fd)
+        self._fd = -1
+
+
+class _Socket:
+    """The listener's own path, found now, so that an author's chdir or another shim's socket of that name does no harm."""
+
+    __slots__ = ("_inode", "_path")
+
+    def __init__(self, fd: int) -> None:
+        import _socket
+
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                raise OSError
+            listener = _socket.socket(fileno=os.dup(fd))
+        except OSError:
+            raise FailedPrecondition(f"fd {fd} is not a listening socket: a daemon is started by `start`") from None
+        name = listener.getsockname()
+        listener.close()
+        self._path = name if isinstance(name, str) and name.startswith("/") else ""
+        self._inode = self._look()
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = os.lstat(self._path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def remove(self) -> None:
+        if self._path and self._inode is not None and self._look() == self._inode:
+            try:
+                os.unlink(self._path)
+            except OSError as error:
+                logger.warn("socket not removed", error=one_line(error))
+
+
+def _new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePublisher) -> Server:
+    from ._ttrpc import Server
+    from .task import register
+
+    server = Server(core)
+    register(server, task)
+    shim.register_services(server, publisher)
+    server.on_note(_note(task))
+    core.tell_pids = not task.native
+    server.add_listener(SOCKET_FD)
+    return server
+
+
+def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation) -> None:
+    """Be the daemon: serve on SOCKET_FD until the shim's wait() returns, then leave nothing behind."""
+    ready = _Ready()
+    flags = invocation.flags
+    try:
+        socket = _Socket(SOCKET_FD)
+        core = new_core(flags.namespace, invocation.ttrpc_address)
+        stack_size(_STACK)
+
+        def work() -> None:
+            _serve(cls, runtime_id, config, invocation, core, socket, ready)
+
+        _on_leader(core, work)
+    except BaseException as error:
+        ready.tell(one_line(error).encode("utf-8", "replace"))
+        logger.error("the shim failed", error=one_line(error))
+        raise
+
+
+def _serve(
+    cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, core: _reaper.Core, socket: _Socket, ready: _Ready
+) -> None:
+    flags = invocation.flags
+    shim = cls(runtime_id, flags, config)
+    if not config.no_setup_logger:
+        logger.init(flags.debug, flags.namespace, flags.id, default_level=config.default_log_level)
+    _reap(core, config)
+    publisher = RemotePublisher(core, flags.namespace)
+    task = shim.create_task_service(publisher)
+    server = _new_server(core, shim, task, publisher)
+    start_new_thread(server.run, ())
+    ready.tell(READY)
+    logger.info("serving", pid=os.getpid())
+    try:
+        shim.wait()
+    finally:
+        logger.info("shutting down")
+        socket.remove()  # first: whoever starts a shim of this name now must not find one that is about to end
+        server.shutdown(SHUTDOWN_TIMEOUT)
+        if not core.drain(SHUTDOWN_TIMEOUT):
+            logger.warn("ending with events that containerd has not acknowledged", **core.stats())

@@ -1,0 +1,200 @@
+"""The Shim that an author derives from, and `run`, the one place that wires the rest together.
+
+containerd runs a shim's executable for three things: `start`, `delete`, and, through `start`, the daemon that serves. `run`
+reads which it is, makes the author's class, and does what is common to all shims.
+
+Threads. The leader of the process is the core's exit thread and runs no code of the author's: orphans that the kernel gives to
+a subreaper go to its leader, and only so can they be told from children that the author's code makes (core/children.c). So for
+serve and delete the author's constructor, methods and hooks run on another thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import bootstrap
+from .errors import InvalidArgument, from_exception
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from google.protobuf.message import Message
+
+    from ._ttrpc import Server
+    from .bootstrap import Config, DeleteResult, Flags, StartOpts
+    from .publisher import RemotePublisher
+    from .task import Task
+
+_STDIN_MAX = 16 << 20
+
+
+class Shim:
+    """One class per shim. containerd's three calls come in three processes, and in each of them it is made anew.
+
+    runtime_id: str, the runtime's name, as "io.containerd.empty.v1"; flags: the command line; config: Config, which the
+    constructor may change: whatever it sets is honoured, no_reaper and no_sub_reaper too.
+    """
+
+    def __init__(self, runtime_id: str, flags: Flags, config: Config) -> None:
+        from ._reaper import ExitSignal
+
+        self.runtime_id = runtime_id
+        self.flags = flags
+        self.config = config
+        self.exit = ExitSignal()
+
+    def start_shim(self, opts: StartOpts) -> str:
+        """Answer `start`: make the daemon and return its address. cwd is the bundle."""
+        from .daemon import spawn
+
+        _, address = spawn(opts, opts.id)
+        return address
+
+    def delete_shim(self) -> DeleteResult | Message:
+        """Answer `delete`: undo what a daemon that is gone has left, and say how its process ended. cwd is the bundle.
+
+        It runs at every container's ordinary end too, when there is nothing left to undo; it must be quick (containerd allows
+        5 s) and must work without containerd."""
+        from .util import now_ns
+
+        return bootstrap.DeleteResult(0, 137, now_ns())
+
+    def wait(self) -> None:
+        """Block until the daemon should end: by default, until self.exit is signalled."""
+        self.exit.wait()
+
+    def create_task_service(self, publisher: RemotePublisher) -> Task:
+        """The service that the daemon serves."""
+        raise NotImplementedError(f"{type(self).__name__}.create_task_service")
+
+    def register_services(self, server: Server, publisher: RemotePublisher) -> None:
+        """Register services besides Task, if the shim has any."""
+
+    def shim_info(self, invocation: bootstrap.Invocation) -> bytes:
+        """Answer `-info`: containerd.types.RuntimeInfo, serialized."""
+        from . import __version__
+
+        return bootstrap.encode_info(self.runtime_id, __version__)
+
+
+class _Guard:
+    """Keeps stdout and stderr for the result and the error line: what code of the author's prints goes to the log.
+
+    containerd reads both, merged, to their end, and takes what it reads for the address."""
+
+    __slots__ = ("_err", "_out")
+
+    def __init__(self) -> None:
+        self._out = os.dup(1)  # dup's result is close-on-exec
+        self._err = os.dup(2)
+        try:
+            sink = os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            sink = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        os.close(sink)
+
+    def result(self, data: bytes) -> None:
+        """Write the whole result. Raises OSError."""
+        while data:
+            data = data[os.write(self._out, data) :]
+
+    def error(self, line: str) -> None:
+        try:
+            os.write(self._err, line.encode("utf-8", "replace") + b"\n")
+        except OSError:
+            pass
+
+
+def one_line(error: BaseException) -> str:
+    """An error as the one line that containerd shows to its user."""
+    _, text = from_exception(error)
+    return "; ".join(part.strip() for part in text.splitlines() if part.strip())
+
+
+def load(shim: type[Shim] | str) -> type[Shim]:
+    """The class itself, or the one that "module:Class" names. Raises InvalidArgument when it is none."""
+    found: object = shim
+    if isinstance(shim, str):
+        module, _, name = shim.partition(":")
+        __import__(module)
+        found = getattr(sys.modules[module], name, None)
+        if found is None:
+            raise InvalidArgument(f"module {module} has no class {name}")
+    if not isinstance(found, type) or not issubclass(found, Shim):
+        raise InvalidArgument(f"{shim!r} is not a subclass of Shim")
+    return found
+
+
+def _read_stdin() -> bytes:
+    if os.isatty(0):
+        return b""
+    data = b""
+    while len(data) <= _STDIN_MAX:
+        piece = os.read(0, 65536)
+        if not piece:
+            return data
+        data += piece
+    raise InvalidArgument(f"stdin is longer than {_STDIN_MAX} bytes")
+
+
+def prepare(config: Config) -> None:
+    """What every action does to the process before the shim's work: kernel check, fd limit, subreaper."""
+    from . import _reaper
+
+    _reaper.kernel_check()
+    _reaper.raise_nofile()
+    if not config.no_sub_reaper:
+        _reaper.set_subreaper()
+
+
+def _start(cls: type[Shim], runtime_id: str, config: Config, invocation: bootstrap.Invocation) -> bytes:
+    shim = cls(runtime_id, invocation.flags, config)
+    prepare(config)
+    return bootstrap.encode_address(shim.start_shim(invocation.start_opts()), invocation.generation)
+
+
+def _dispatch(runtime_id: str, shim: type[Shim] | str, config: Config, invocation: bootstrap.Invocation) -> bytes:
+    action = invocation.action
+    if action == bootstrap.HELP:
+        return bootstrap.USAGE.encode()
+    if action == bootstrap.VERSION:
+        from . import __version__
+
+        return f"{os.path.basename(sys.argv[0])}:\n  Runtime:  {runtime_id}\n  Version:  {__version__}\n".encode()
+    cls = load(shim)
+    if action == bootstrap.INFO:
+        return cls(runtime_id, invocation.flags, config).shim_info(invocation)
+    if action == bootstrap.START:
+        return _start(cls, runtime_id, config, invocation)
+    from . import serve
+
+    if action == bootstrap.DELETE:
+        return serve.delete(cls, runtime_id, config, invocation)
+    serve.serve(cls, runtime_id, config, invocation)
+    return b""
+
+
+def run(runtime_id: str, shim: type[Shim] | str, config: Config | None = None) -> NoReturn:
+    """Be a shim's executable: do what the command line says and end the process.
+
+    shim: the author's class, or "module:Class". The string is imported only after stdout and stderr have been put aside, so that
+    whatever its module prints cannot reach containerd; `python -m shimcore.install` writes executables that use it.
+    An error is told in one line on stderr, and the exit status is 1.
+    """
+    guard = _Guard()
+    status = 1
+    try:
+        flags = bootstrap.parse_flags(sys.argv[1:])
+        stdin = _read_stdin() if bootstrap.reads_stdin(flags) else b""
+        invocation = bootstrap.parse_invocation(sys.argv[1:], os.environ, stdin)
+        guard.result(_dispatch(runtime_id, shim, config or bootstrap.Config(), invocation))
+        status = 0
+    except SystemExit as end:
+        guard.error(f"{runtime_id}: the shim's code called exit({end.code})")
+    except BaseException as error:
+        guard.error(f"{runtime_id}: {one_line(error)}")
+    os._exit(status)  # no destructors, no atexit of imported modules: a millisecond

@@ -1,0 +1,100 @@
+"""The Task service that an author derives from: one method for each RPC of containerd.task.v2 and v3.
+
+A method takes (request, context), a protobuf message of shimcore.protos.task_pb2 and a Context, and returns a response
+message. What is not written answers Unimplemented, which containerd's clients understand. How a method is run follows from
+how it is written:
+
+    def kill(self, request, context)          on the small pool: it may block
+    @inline
+    def pids(self, request, context)          on the thread that read the request: quickest, must not block
+    async def create(self, request, context)  a coroutine of shimcore.jobs: parks its RPC while it awaits a runtime call
+"""
+
+from __future__ import annotations
+
+from ._ttrpc import COROUTINE, INLINE, POOL
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    from ._reaper import Slot
+    from ._ttrpc import Server
+
+    F = TypeVar("F", bound=Callable[..., Any])
+
+TASK_V2 = "containerd.task.v2.Task"
+TASK_V3 = "containerd.task.v3.Task"
+
+# The names on the wire, and the methods that serve them.
+METHODS = {
+    "State": "state",
+    "Create": "create",
+    "Start": "start",
+    "Delete": "delete",
+    "Pids": "pids",
+    "Pause": "pause",
+    "Resume": "resume",
+    "Checkpoint": "checkpoint",
+    "Kill": "kill",
+    "Exec": "exec",
+    "ResizePty": "resize_pty",
+    "CloseIO": "close_io",
+    "Update": "update",
+    "Wait": "wait",
+    "Stats": "stats",
+    "Connect": "connect",
+    "Shutdown": "shutdown",
+}
+
+_CO_COROUTINE = 0x80  # inspect.CO_COROUTINE; the module inspect costs ten milliseconds
+
+
+def inline(method: F) -> F:
+    """Mark a handler that never blocks: it runs on the thread that read its request."""
+    method.__dict__["shimcore_inline"] = True
+    return method
+
+
+def kind_of(handler: Callable[..., Any]) -> int:
+    """COROUTINE for `async def`, INLINE for what is marked so, POOL for the rest."""
+    function = getattr(handler, "__func__", handler)
+    code = getattr(function, "__code__", None)
+    if code is not None and code.co_flags & _CO_COROUTINE:
+        return COROUTINE
+    return INLINE if getattr(function, "shimcore_inline", False) else POOL
+
+
+class Task:
+    """Derive from it and write the methods of METHODS that the shim offers.
+
+    native: State, Wait and Connect are answered in C from the core's exit table, to which the service gives every process that
+    it makes (Core.open, Core.reserve); the methods of these names are then not called.
+    """
+
+    native = False
+
+    def on_exit(self, slot: Slot) -> None:
+        """Called on the RPC thread after the exit of a slot's process was told; must not block."""
+
+    def on_pid(self, pid: int, status: int) -> None:
+        """Called on the RPC thread when a child was reaped (not with `native`): status is its code, or 128 + signal."""
+
+    def on_signal(self, signum: int) -> None:
+        """Called on the RPC thread when the shim got SIGTERM, SIGINT or SIGPIPE, which have been logged; must not block."""
+
+
+def register(server: Server, task: Task, services: tuple[str, ...] = (TASK_V2, TASK_V3)) -> None:
+    """Serve a task service under the given names. v3 has v2's messages, byte for byte, so one set of classes does for both."""
+    from .protos import task_pb2
+
+    methods = {}
+    for method in task_pb2.DESCRIPTOR.services_by_name["Task"].methods:
+        handler = getattr(task, METHODS[method.name], None)
+        if handler is not None:
+            methods[method.name] = (kind_of(handler), handler, getattr(task_pb2, method.input_type.name))
+    for service in services:
+        server.add_service(service, methods)
+    if task.native:
+        server.native_task(*services)
