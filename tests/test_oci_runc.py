@@ -12,9 +12,7 @@ from shimcore.oci.options import Options
 
 
 class Result:
-    def __init__(
-        self, status: int = 1, output: bytes = b"", timed_out: bool = False, signaled: bool = False
-    ) -> None:
+    def __init__(self, status: int = 1, output: bytes = b"", timed_out: bool = False, signaled: bool = False) -> None:
         self.pid = 1
         self.status = status
         self.output = output

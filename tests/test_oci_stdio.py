@@ -171,9 +171,7 @@ def test_a_plain_path_to_a_file_is_appended_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2])
-@pytest.mark.parametrize(
-    "uri", ["relative", "ftp://x/y", "fifo://", "/a\0b", "missing", "directory", "socket"]
-)
+@pytest.mark.parametrize("uri", ["relative", "ftp://x/y", "fifo://", "/a\0b", "missing", "directory", "socket"])
 def test_refused(tmp_path: Path, stream: int, uri: str) -> None:
     import socket
 

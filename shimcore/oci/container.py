@@ -102,9 +102,7 @@ class Container:
         try:
             self.unmount()
         except (OSError, ShimError) as error:
-            logger.error(
-                "rootfs of a container that was not created can't be unmounted", id=self.id, error=error
-            )
+            logger.error("rootfs of a container that was not created can't be unmounted", id=self.id, error=error)
 
     def unmount(self) -> None:
         """Idempotent. Raises OSError."""
@@ -132,11 +130,7 @@ class Container:
         status and all."""
         found = self._listed()
         if not found:
-            found = [
-                process.slot.pid
-                for process in (self.init, *self.execs.values())
-                if process.slot.exited_at == 0
-            ]
+            found = [process.slot.pid for process in (self.init, *self.execs.values()) if process.slot.exited_at == 0]
             found = [pid for pid in found if pid > 0] or [self.init.slot.pid]
         return found
 
@@ -198,10 +192,7 @@ def has_private_pids(bundle: str) -> bool:
     try:
         linux = read_spec(bundle).get("linux")
         namespaces = linux.get("namespaces") if isinstance(linux, dict) else None
-        return any(
-            isinstance(entry, dict) and entry.get("type") == "pid" and not entry.get("path")
-            for entry in namespaces or []
-        )
+        return any(isinstance(entry, dict) and entry.get("type") == "pid" and not entry.get("path") for entry in namespaces or [])
     except (OSError, ShimError, TypeError) as error:
         logger.warn("config.json of the bundle can't be read", bundle=bundle, error=error)
         return False

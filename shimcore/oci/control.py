@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from google.protobuf.empty_pb2 import Empty
 
-    from .._reaper import JobResult, Slot
+    from .._reaper import ExitSignal, JobResult, Slot
     from .._ttrpc import Context
     from ..publisher import RemotePublisher
 
@@ -55,8 +55,9 @@ class Control(Task):
 
     native = True
 
-    def __init__(self, publisher: RemotePublisher) -> None:
+    def __init__(self, publisher: RemotePublisher, exit: ExitSignal) -> None:
         super().__init__()
+        self.exit = exit
         self.publisher = publisher
         self.core = publisher.core
         self.namespace = publisher.namespace
@@ -96,9 +97,7 @@ class Control(Task):
     async def pids(self, request: task_pb2.PidsRequest, context: Context) -> task_pb2.PidsResponse:
         container = self.container(request.id)
         pids = await jobs.in_pool(container.pids)
-        execs = {
-            process.slot.pid: exec_id for exec_id, process in container.execs.items() if process.slot.pid > 0
-        }
+        execs = {process.slot.pid: exec_id for exec_id, process in container.execs.items() if process.slot.pid > 0}
         response = task_pb2.PidsResponse()
         for pid in pids:
             info = response.processes.add(pid=pid)
@@ -135,9 +134,7 @@ class Control(Task):
                 status = PAUSED
             finally:
                 slot.set_status(status)
-            self.publisher.publish(
-                TOPIC_PAUSED, events_pb2.TaskPaused(container_id=container.id), container.id
-            )
+            self.publisher.publish(TOPIC_PAUSED, events_pb2.TaskPaused(container_id=container.id), container.id)
         return empty()
 
     async def resume(self, request: task_pb2.ResumeRequest, context: Context) -> Empty:
@@ -145,9 +142,7 @@ class Control(Task):
         async with container.lock:
             self.check(container, state.RESUME)
             await self._thaw(container, context)
-            self.publisher.publish(
-                TOPIC_RESUMED, events_pb2.TaskResumed(container_id=container.id), container.id
-            )
+            self.publisher.publish(TOPIC_RESUMED, events_pb2.TaskResumed(container_id=container.id), container.id)
         return empty()
 
     async def _thaw(self, container: Container, context: Context) -> None:
@@ -162,18 +157,14 @@ class Control(Task):
             fd = memory_file(request.resources.value)
             try:
                 argv = container.runtime.update(container.id)
-                await self.call(
-                    container, context, "OCI runtime update failed", runc.UPDATE_TIMEOUT, argv, fds={0: fd}
-                )
+                await self.call(container, context, "OCI runtime update failed", runc.UPDATE_TIMEOUT, argv, fds={0: fd})
             finally:
                 os.close(fd)
         return empty()
 
     # --- runtime calls
 
-    async def run(
-        self, context: Context, seconds: float, argv: list[str], fds: dict[int, int] | None = None
-    ) -> JobResult:
+    async def run(self, context: Context, seconds: float, argv: list[str], fds: dict[int, int] | None = None) -> JobResult:
         """One runtime call, at most `seconds` long. Raises Unknown when it can't be started."""
         try:
             return await jobs.run_job(argv, timeout=within(context, seconds), cap=runc.OUTPUT_CAP, fds=fds)

@@ -40,9 +40,7 @@ class Process:
         "told",
     )
 
-    def __init__(
-        self, slot: Slot, bundle: str, stdin: str, stdout: str, stderr: str, spec: bytes = b""
-    ) -> None:
+    def __init__(self, slot: Slot, bundle: str, stdin: str, stdout: str, stderr: str, spec: bytes = b"") -> None:
         self.slot = slot
         self.exec_id = slot.exec_id
         self.bundle = bundle
@@ -56,9 +54,7 @@ class Process:
 
     def open_io(self, owner: tuple[int, int] = (0, 0)) -> None:
         """For the pool."""
-        self.io = open_stdio(
-            self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner
-        )
+        self.io = open_stdio(self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner)
 
     def child_fds(self) -> dict[int, int]:
         """What the runtime is given as 0, 1 and 2."""

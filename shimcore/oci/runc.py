@@ -56,9 +56,7 @@ class Runtime:
             head.append("--systemd-cgroup")
         return [*head, *command]
 
-    def create(
-        self, id: str, bundle: str, pid_file: str, *, no_pivot: bool = False, no_new_keyring: bool = False
-    ) -> list[str]:
+    def create(self, id: str, bundle: str, pid_file: str, *, no_pivot: bool = False, no_new_keyring: bool = False) -> list[str]:
         flags = ["--bundle", bundle, "--pid-file", pid_file]
         if no_pivot:
             flags.append("--no-pivot")

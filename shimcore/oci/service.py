@@ -41,9 +41,7 @@ class RuncTask(Control):
 
     # --- Create
 
-    async def create(
-        self, request: task_pb2.CreateTaskRequest, context: Context
-    ) -> task_pb2.CreateTaskResponse:
+    async def create(self, request: task_pb2.CreateTaskRequest, context: Context) -> task_pb2.CreateTaskResponse:
         check_id(request.id, "container id")
         if not request.bundle.startswith("/"):
             raise InvalidArgument(f"bundle {request.bundle!r} is not an absolute path")
@@ -70,9 +68,7 @@ class RuncTask(Control):
                     jobs.Task(self.core, self._end_if_unused()).step()
         return task_pb2.CreateTaskResponse(pid=pid)
 
-    async def _create(
-        self, container: Container, request: task_pb2.CreateTaskRequest, context: Context
-    ) -> int:
+    async def _create(self, container: Container, request: task_pb2.CreateTaskRequest, context: Context) -> int:
         slot = container.init.slot
         called = False
         try:
@@ -107,9 +103,7 @@ class RuncTask(Control):
             container_id=container.id,
             bundle=container.bundle,
             rootfs=request.rootfs,
-            io=events_pb2.TaskIO(
-                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
-            ),
+            io=events_pb2.TaskIO(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal),
             checkpoint=request.checkpoint,
             pid=pid,
         )

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 
-from ..bootstrap import DeleteResult
+from ..bootstrap import DeleteResult, encode_info
 from ..errors import ShimError
-from ..shim import Shim, spawn
+from ..shim import Shim
 from ..util import json_loads, now_ns, read_file_to_str, read_pid_from_file, read_runtime, read_spec
 from .options import Options, from_any, from_bundle
-from .runc import INIT_PID_FILE, LOG_FILE, Runtime, last_error, read_log
+from .runc import DEFAULT_BINARY, INIT_PID_FILE, LOG_FILE, Runtime, last_error, read_log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..bootstrap import StartOpts
+    from ..bootstrap import Invocation, StartOpts
     from ..publisher import RemotePublisher
     from ..task import Task
 
@@ -31,6 +31,7 @@ KILLED_STATUS = 128 + SIGKILL
 # Seconds. containerd kills `delete` after 5.
 INIT_DEATH_TIMEOUT = 1.0
 RUNTIME_TIMEOUT = 3.0
+KILL_TIMEOUT = 0.5
 
 
 def grouping(spec: dict[str, Any], id: str) -> str:
@@ -49,17 +50,19 @@ class RuncShim(Shim):
 
     def start_shim(self, opts: StartOpts) -> str:
         """The address of the shim that serves this container: a new daemon's, or that of its group's."""
+        from ..daemon import spawn
+
         # Whatever is wrong with the options is said before there is a daemon.
         options = from_any(*opts.options) if opts.options is not None else Options()
         pid, address = spawn(opts, grouping(read_spec(os.curdir), opts.id))
-        if pid and options.shim_cgroup:
-            _join_cgroup(pid, address, options.shim_cgroup)
+        if pid:
+            _place(pid, address, options.shim_cgroup)
         return address
 
     def create_task_service(self, publisher: RemotePublisher) -> Task:
         from .service import RuncTask
 
-        return RuncTask(publisher)
+        return RuncTask(publisher, self.exit)
 
     def delete_shim(self) -> DeleteResult:
         """Clear away what a container has left, whether its shim is alive, dead, or has done all this
@@ -88,6 +91,15 @@ class RuncShim(Shim):
         _remove_dead_socket(bundle)
         return DeleteResult(pid, KILLED_STATUS, now_ns())
 
+    def shim_info(self, invocation: Invocation) -> bytes:
+        """Name, version, the options as they came in, and what the runtime's `features` says, if it knows
+        that command."""
+        from .. import __version__
+
+        options = from_any(*invocation.options) if invocation.options is not None else Options()
+        features = _features(options.binary_name or DEFAULT_BINARY)
+        return encode_info(self.runtime_id, __version__, options=invocation.options, features=features)
+
 
 def _bundle(flag: str, id: str) -> str:
     """The bundle of `delete`: -bundle, else the working directory. It may have gone, which is no reason to
@@ -100,18 +112,49 @@ def _bundle(flag: str, id: str) -> str:
         return "/nonexistent"
 
 
-def _join_cgroup(pid: int, address: str, path: str) -> None:
-    """Move the daemon into shim_cgroup; a daemon that can't be moved is not left running."""
-    from ..cgroup import add_task_to_cgroup
+def _place(pid: int, address: str, shim_cgroup: str) -> None:
+    """Put the daemon into shim_cgroup, if one is asked for, and its oom_score_adj between containerd's and
+    the containers'; a daemon that can't be put there is not left running."""
+    from ..cgroup import add_task_to_cgroup, adjust_oom_score
 
     try:
-        add_task_to_cgroup(path, pid)
+        if shim_cgroup:
+            add_task_to_cgroup(shim_cgroup, pid)
+        adjust_oom_score(pid)
     except BaseException:
         from ..address import remove_socket_silently
 
         os.kill(pid, SIGKILL)  # our child, which nobody has waited for: the pid is its own
         remove_socket_silently(address)
         raise
+
+
+def _features(binary: str) -> bytes | None:
+    """The JSON of `runc features`, None from a runtime that has no such command. Raises OSError when it can't
+    be started."""
+    fd = os.memfd_create("features", os.MFD_CLOEXEC)
+    try:
+        if _call([binary, "features"], {1: fd}) != 0:
+            return None
+        return os.pread(fd, os.fstat(fd).st_size, 0).strip() or None
+    finally:
+        os.close(fd)
+
+
+def _call(argv: list[str], fds: dict[int, int] | None = None) -> int:
+    """Run a runtime for at most RUNTIME_TIMEOUT; its exit status, 137 when it was killed then. Raises
+    OSError."""
+    from .. import _reaper
+
+    _, fd = _reaper.spawn(argv, fds=fds, new_group=True)
+    try:
+        if not _wait_readable(fd, RUNTIME_TIMEOUT):
+            _reaper.pidfd_send_signal(fd, SIGKILL)
+            _wait_readable(fd, KILL_TIMEOUT)
+        status = _reaper.wait_pidfd(fd)
+        return KILLED_STATUS if status is None else status
+    finally:
+        os.close(fd)
 
 
 def _recorded_init(state_dir: str) -> tuple[int, int]:
@@ -176,30 +219,17 @@ def _wait_readable(fd: int, seconds: float) -> bool:
 
 
 def _run_delete(runtime: Runtime, id: str, log: str) -> None:
-    from .._reaper import pidfd_send_signal
-    from .._reaper import spawn as spawn_process
-
     try:
         size = os.stat(log).st_size
     except OSError:
         size = 0
     try:
-        # No log that can't be written may keep the runtime from deleting.
-        _, fd = spawn_process(runtime.delete(id, force=True), new_group=True)
+        status = _call(runtime.delete(id, force=True))
     except OSError as error:
-        _warn("the runtime can't be started", error, binary=runtime.binary)
+        _warn("the runtime can't be run", error, binary=runtime.binary)
         return
-    try:
-        if not _wait_readable(fd, RUNTIME_TIMEOUT):
-            pidfd_send_signal(fd, SIGKILL)
-            _warn("the runtime did not delete the container in time", None, id=id)
-        result = os.waitid(os.P_PIDFD, fd, os.WEXITED)
-        if result is not None and result.si_status != 0:
-            _warn("the runtime did not delete the container", last_error(read_log(log, size)[0]), id=id)
-    except OSError as error:
-        _warn("the runtime can't be waited for", error, id=id)
-    finally:
-        os.close(fd)
+    if status != 0:
+        _warn("the runtime did not delete the container", last_error(read_log(log, size)[0]), id=id, status=status)
 
 
 def _umount(rootfs: str) -> None:

@@ -209,9 +209,7 @@ def _through_path(path: str, as_fifo: Callable[[str], None], as_file: Callable[[
         os.close(fd)
 
 
-def open_stdio(
-    stdin: str, stdout: str, stderr: str, *, hold_stdin: bool = True, owner: tuple[int, int] = (0, 0)
-) -> Stdio:
+def open_stdio(stdin: str, stdout: str, stderr: str, *, hold_stdin: bool = True, owner: tuple[int, int] = (0, 0)) -> Stdio:
     """Open everything for one process; for the pool.
 
     hold_stdin: False when CloseIO came before the process. owner: uid and gid of the FIFOs of output (io_uid,
