@@ -41,9 +41,14 @@ cdef extern from "core/buf.h" nogil:
         const uint8_t *p
         size_t n
 
+cdef extern from "core/ledger.h" nogil:
+    ctypedef struct sc_ledger:
+        pass
+    int sc_ledger_open(const char *path, sc_ledger **out)
+
 cdef extern from "core/exits.h" nogil:
     enum:
-        SC_NOTE_JOB, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST
+        SC_NOTE_JOB, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST, SC_NOTE_TEARDOWN
         SC_RESERVED, SC_OPENED, SC_BOUND, SC_EXITED, SC_TOLD, SC_DROPPED
         SC_CREATED, SC_RUNNING, SC_STOPPED, SC_PAUSED, SC_PAUSING
         SC_STAMPS
@@ -85,7 +90,7 @@ cdef extern from "core/exits.h" nogil:
         int64_t acked
     ctypedef struct sc_stats:
         uint64_t told, orphans, stolen, overdue, jobs, jobs_timed_out, events, acked, rejected, unsent, reconnects
-        uint64_t by_number, notes
+        uint64_t by_number, notes, recorded, unrecorded, record_late, ooms, teardown_late, spilled, dropped
     ctypedef struct sc_event_list:
         size_t count
     ctypedef struct sc_outbox:
@@ -140,11 +145,19 @@ cdef extern from "core/exits.h" nogil:
     int sc_slot_release(sc_slot *s, sc_event *e)
     int sc_slot_set_status(sc_slot *s, int status)
     int sc_slot_set_kill_rest(sc_slot *s, const char *procs, int64_t bound_ns)
+    int sc_slot_set_ledger(sc_slot *s, sc_ledger *l)
+    int sc_slot_set_teardown(sc_slot *s, int64_t ns)
+    int sc_slot_teardown_done(sc_slot *s)
+    int sc_outbox_spill(sc_core *c, const char *path, int64_t cap)
+    int sc_outbox_keep(sc_core *c)
     int sc_slot_drop(sc_slot *s)
     int sc_slot_forget(sc_slot *s)
     int sc_slot_kill(sc_slot *s, int sig)
     void sc_slot_info_get(sc_slot *s, sc_slot_info *out)
     int sc_cgroup_signal(const char *procs, int sig)
+
+cdef extern from "core/oom.h" nogil:
+    int sc_oom_watch(sc_slot *init, const char *folder, bint v2)
 
 cdef class Slot
 cdef class Job
@@ -152,13 +165,14 @@ cdef class Job
 cdef class Core:
     cdef sc_core *p          # freed with this object
     cdef public object pool  # what jobs.in_pool submits to
+    cdef public double teardown_timeout  # seconds; > 0: every slot's exit waits for a NOTE_TEARDOWN's handler
     cdef object __weakref__
     cdef dict all            # (container_id, exec_id) -> Slot: what stands in the table
     cdef Slot wrap(self, sc_slot *p, container_id, exec_id)
     cdef forgotten(self, Slot s)
     cdef sc_event *event(self, topic, type_url, bytes payload, const char *id, const char *exec_id) except? NULL
     cpdef list take(self)
-    cdef told(self, sc_slot *p, list out)
+    cdef told(self, int kind, sc_slot *p, list out)
     cdef Job job_ended(self, sc_job *p)
 
 cdef class JobResult:

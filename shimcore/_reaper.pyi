@@ -14,6 +14,7 @@ NOTE_TOLD: Final[int]  # (NOTE_TOLD, slot): the slot's exit was told
 NOTE_PID: Final[int]  # (NOTE_PID, pid, exit_status, exited_at_ns): a watched pid, or a slot's pid, was reaped
 NOTE_SIGNAL: Final[int]  # (NOTE_SIGNAL, signum): SIGTERM, SIGINT, SIGPIPE or SIGUSR1 came in
 NOTE_POST: Final[int]  # (NOTE_POST, callable): run it on the consuming thread
+NOTE_TEARDOWN: Final[int]  # (NOTE_TEARDOWN, slot): the process has ended, its exit waits for slot.teardown_done()
 
 # Phases of a slot, in the order of its life
 RESERVED: Final[int]
@@ -117,6 +118,15 @@ class Slot:
         """What State answers while the exit is not told (CREATED, RUNNING, PAUSED, PAUSING)."""
     def set_kill_rest(self, cgroup_procs: str, timeout: float = 10.0) -> None:
         """Init only: no private pid namespace; at its exit kill what is left in this cgroup.procs file (and below its folder)."""
+    def set_ledger(self, path: str) -> None:
+        """Init only: record the exits of this container and its execs in this file before they are told. May block: not on the
+        RPC thread. Raises OSError."""
+    def set_teardown(self, timeout: float) -> None:
+        """At this process's exit NOTE_TEARDOWN comes first, and its telling waits for teardown_done(), at most timeout seconds."""
+    def teardown_done(self) -> None: ...
+    def watch_oom(self, folder: str, v2: bool) -> None:
+        """Init only: tell TaskOOM for OOM kills in this cgroup (v1: the memory hierarchy's folder), before the exits they cause.
+        Raises OSError."""
     def drop(self) -> None:
         """The runtime failed and there is no process: parked Waits are answered with 255, no exit is told. After bind: no-op."""
     def forget(self) -> None:
@@ -142,6 +152,7 @@ class Core:
     namespace: containerd namespace for the events' envelope. events_address: TTRPC_ADDRESS, a plain socket path ("" = nowhere).
     """
 
+    teardown_timeout: float  # seconds; > 0: the exit of every slot made from now on waits for its NOTE_TEARDOWN to be handled
     pool: Any  # what jobs.in_pool submits to: an object with submit(callable)
     def __init__(self, namespace: str = "", events_address: str = "") -> None: ...
     def install_signals(self, sigchld: bool = True) -> None:
@@ -160,6 +171,11 @@ class Core:
     def slots(self) -> list[Slot]: ...
     def publish(self, topic: str, type_url: str, payload: bytes, container_id: str = "", exec_id: str = "") -> None:
         """Queue an event for containerd, in order. container_id and exec_id are the key within which order is kept end to end."""
+    def spill(self, path: str, cap: int = ...) -> int:
+        """Where events wait that memory has no room for (bytes at most: cap). What an earlier shim left there is sent first;
+        returns how many events that is. May block. Raises OSError."""
+    def keep(self) -> int:
+        """At the end: put what is unsent into the spill file; returns how many events. Raises OSError."""
     def watch(self, pid: int) -> None:
         """Own a child that is no task's process: it is waited for by pidfd and comes back as NOTE_PID."""
     def job(

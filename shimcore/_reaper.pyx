@@ -47,6 +47,7 @@ NOTE_TOLD = SC_NOTE_TOLD
 NOTE_PID = SC_NOTE_PID
 NOTE_SIGNAL = SC_NOTE_SIGNAL
 NOTE_POST = SC_NOTE_POST
+NOTE_TEARDOWN = SC_NOTE_TEARDOWN
 RESERVED = SC_RESERVED
 OPENED = SC_OPENED
 BOUND = SC_BOUND
@@ -384,6 +385,37 @@ cdef class Slot:
         with nogil:
             sc_slot_set_kill_rest(self.p, p, ns)
 
+    def set_ledger(self, path):
+        cdef bytes b = os.fsencode(path)
+        cdef const char *p = b
+        cdef sc_ledger *l = NULL
+        cdef int r
+        with nogil:
+            r = sc_ledger_open(p, &l)
+            if r == 0:
+                sc_slot_set_ledger(self.p, l)
+        if r < 0:
+            raise OSError(-r, os.strerror(-r), path)
+
+    def set_teardown(self, double timeout):
+        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        with nogil:
+            sc_slot_set_teardown(self.p, ns)
+
+    def teardown_done(self):
+        with nogil:
+            sc_slot_teardown_done(self.p)
+
+    def watch_oom(self, folder, v2):
+        cdef bytes b = os.fsencode(folder)
+        cdef const char *p = b
+        cdef bint is_v2 = bool(v2)
+        cdef int r
+        with nogil:
+            r = sc_oom_watch(self.p, p, is_v2)
+        if r < 0:
+            raise OSError(-r, os.strerror(-r), folder)
+
     def drop(self):
         with nogil:
             sc_slot_drop(self.p)
@@ -465,6 +497,8 @@ cdef class Core:
         s.container_id = container_id
         s.exec_id = exec_id
         self.all[(container_id, exec_id)] = s
+        if self.teardown_timeout > 0:
+            s.set_teardown(self.teardown_timeout)
         return s
 
     def open(self, container_id, bytes state=b""):
@@ -543,6 +577,22 @@ cdef class Core:
             sc_unlock(self.p)
             sc_core_wake(self.p)
 
+    def spill(self, path, int64_t cap=67108864):
+        cdef bytes b = os.fsencode(path)
+        cdef const char *p = b
+        cdef int r
+        with nogil:
+            r = sc_outbox_spill(self.p, p, cap)
+        if r < 0:
+            raise OSError(-r, os.strerror(-r), path)
+        return r
+
+    def keep(self):
+        cdef int r
+        with nogil:
+            r = sc_outbox_keep(self.p)
+        return checked(r, "write")
+
     # ---- children and jobs ----
 
     def watch(self, pid_t pid):
@@ -597,8 +647,8 @@ cdef class Core:
             elif n.kind == SC_NOTE_TIMER or n.kind == SC_NOTE_POST:
                 out.append((n.kind, <object>n.ptr))
                 Py_DECREF(<object>n.ptr)
-            elif n.kind == SC_NOTE_TOLD:
-                self.told(<sc_slot *>n.ptr, out)
+            elif n.kind == SC_NOTE_TOLD or n.kind == SC_NOTE_TEARDOWN:
+                self.told(n.kind, <sc_slot *>n.ptr, out)
             elif n.kind == SC_NOTE_PID:
                 out.append((n.kind, n.a, n.b, n.c))
             else:
@@ -607,11 +657,11 @@ cdef class Core:
             n = next
         return out
 
-    cdef told(self, sc_slot *p, list out):
+    cdef told(self, int kind, sc_slot *p, list out):
         cdef bytes id = p.id, exec_id = p.exec_id
         cdef Slot s = self.all.get((id.decode(), exec_id.decode()))
         if s is not None and s.p == p:
-            out.append((SC_NOTE_TOLD, s))
+            out.append((kind, s))
         with nogil:
             sc_slot_unref(p)
 
@@ -664,6 +714,8 @@ cdef class Core:
             "told": s.told, "orphans": s.orphans, "stolen": s.stolen, "overdue": s.overdue, "jobs": s.jobs,
             "jobs_timed_out": s.jobs_timed_out, "events": s.events, "acknowledged": s.acked, "rejected": s.rejected,
             "unsent": s.unsent, "connections": s.reconnects, "by_number": s.by_number, "notes": s.notes,
+            "recorded": s.recorded, "unrecorded": s.unrecorded, "record_late": s.record_late, "ooms": s.ooms,
+            "teardown_late": s.teardown_late, "spilled": s.spilled, "dropped": s.dropped,
             "queued": queue, "in_flight": flight, "slots": slots,
         }
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _STACK = 512 * 1024
 SHUTDOWN_TIMEOUT = 5.0  # seconds for calls in flight, and as many for events not acknowledged yet
 
+_SIGTERM = 15
 _SIGNALS = {2: "SIGINT", 10: "SIGUSR1", 13: "SIGPIPE", 15: "SIGTERM"}
 
 
@@ -57,8 +58,41 @@ def _log_signal(signum: int) -> None:
     logger.debug("signal", signal=_SIGNALS.get(signum, str(signum)))
 
 
-def _note(task: Task | None) -> Callable[[tuple[Any, ...]], None]:
-    """What becomes of the core's notes that no RPC waits for."""
+def _alive(core: _reaper.Core) -> bool:
+    return any(slot.phase in (_reaper.OPENED, _reaper.BOUND, _reaper.EXITED) for slot in core.slots())
+
+
+def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
+    from .jobs import Task as Coroutine
+    from ._ttrpc import COROUTINE
+    from .task import kind_of
+
+    def done(_: Any, error: BaseException | None) -> None:
+        if error is not None:
+            logger.error("teardown failed", id=slot.container_id, exec_id=slot.exec_id, error=one_line(error))
+        slot.teardown_done()
+
+    def in_pool() -> None:
+        try:
+            task.teardown(slot)
+        except BaseException as error:
+            done(None, error)
+        else:
+            done(None, None)
+
+    if kind_of(task.teardown) == COROUTINE:
+        Coroutine(core, task.teardown(slot), done).step()  # type: ignore[func-returns-value, arg-type]
+    else:
+        core.pool.submit(in_pool)
+
+
+def _note(core: _reaper.Core, task: Task | None, end: Callable[[], None]) -> Callable[[tuple[Any, ...]], None]:
+    """What becomes of the core's notes that no RPC waits for. end: called after a SIGTERM once no process is alive."""
+    asked: list[int] = []
+
+    def end_if_asked() -> None:
+        if asked and task is not None and task.native and not _alive(core):
+            end()
 
     def handle(note: tuple[Any, ...]) -> None:
         kind = note[0]
@@ -71,27 +105,50 @@ def _note(task: Task | None) -> Callable[[tuple[Any, ...]], None]:
             monitor.monitor_notify_by_exec(slot.container_id, slot.exec_id, slot.exit_status)
             if task is not None:
                 task.on_exit(slot)
+            end_if_asked()
+        elif kind == _reaper.NOTE_TEARDOWN and task is not None:
+            _tear_down(core, task, note[1])
         elif kind == _reaper.NOTE_SIGNAL:
             _log_signal(note[1])
             if task is not None:
                 task.on_signal(note[1])
+            if note[1] == _SIGTERM:
+                asked.append(note[1])
+                end_if_asked()
 
     return handle
 
 
 # ---- delete ----
 
+LEFT_TIMEOUT = 2.0  # seconds for a dead shim's events; containerd kills `delete` after 5
+
+
+def _send_left(core: _reaper.Core, invocation: Invocation) -> None:
+    """Hand over what the shim of this bundle could not, unless that shim lives and will do so itself."""
+    from .address import parse_sockaddr, read_address, wait_socket_working
+
+    try:
+        address = read_address(invocation.flags.bundle or ".")
+        path = spill_path(parse_sockaddr(address)[1])
+        if not invocation.ttrpc_address or not os.path.exists(path) or wait_socket_working(address):
+            return
+        core.spill(path)
+    except Exception:  # no bundle, no address: nothing was left that could be found
+        return
+    core.drain(LEFT_TIMEOUT)
+
 
 def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation) -> bytes:
     """Make the shim and let it clean up, children being reaped meanwhile; DeleteResponse, serialized."""
     from .bootstrap import encode_delete
 
-    core = new_core(invocation.flags.namespace, "")
+    core = new_core(invocation.flags.namespace, invocation.ttrpc_address)
     core.tell_pids = True
     stack_size(_STACK)
 
     def notes() -> None:
-        handle = _note(None)
+        handle = _note(core, None, core.stop)
         while True:
             for note in core.notes():
                 if note[0] == _reaper.NOTE_POST:
@@ -107,9 +164,12 @@ def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocat
         shim = cls(runtime_id, invocation.flags, config)
         _reap(core, config)
         start_new_thread(notes, ())
-        return encode_delete(shim.delete_shim())
+        result = encode_delete(shim.delete_shim())
+        _send_left(core, invocation)
+        return result
 
     result: bytes = _on_leader(core, work)
+    _keep(core)
     return result
 
 
@@ -139,10 +199,15 @@ class _Ready:
         self._fd = -1
 
 
+def spill_path(socket_path: str) -> str:
+    """Where the events of the shim at this socket wait when memory is full, or the shim has ended before containerd took them."""
+    return socket_path + ".events"
+
+
 class _Socket:
     """The listener's own path, found now, so that an author's chdir or another shim's socket of that name does no harm."""
 
-    __slots__ = ("_inode", "_path")
+    __slots__ = ("_inode", "_path", "spill")
 
     def __init__(self, fd: int) -> None:
         import _socket
@@ -157,6 +222,7 @@ class _Socket:
         listener.close()
         self._path = name if isinstance(name, str) and name.startswith("/") else ""
         self._inode = self._look()
+        self.spill = spill_path(self._path) if self._path else ""
 
     def _look(self) -> tuple[int, int] | None:
         try:
@@ -175,13 +241,16 @@ class _Socket:
 
 def _new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePublisher) -> Server:
     from ._ttrpc import Server
+    from .task import Task as TaskBase
     from .task import register
 
     server = Server(core)
     register(server, task)
     shim.register_services(server, publisher)
-    server.on_note(_note(task))
+    server.on_note(_note(core, task, shim.exit.signal))
     core.tell_pids = not task.native
+    if type(task).teardown is not TaskBase.teardown:
+        core.teardown_timeout = task.teardown_timeout
     server.add_listener(SOCKET_FD)
     return server
 
@@ -199,10 +268,22 @@ def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocati
             _serve(cls, runtime_id, config, invocation, core, socket, ready)
 
         _on_leader(core, work)
+        _keep(core)
     except BaseException as error:
         ready.tell(one_line(error).encode("utf-8", "replace"))
         logger.error("the shim failed", error=one_line(error))
         raise
+
+
+def _keep(core: _reaper.Core) -> None:
+    """What containerd has not acknowledged goes into the spill file: `delete`, or the next shim of this address, sends it."""
+    try:
+        kept = core.keep()
+    except OSError as error:
+        logger.error("events could not be kept", error=one_line(error), **core.stats())
+    else:
+        if kept:
+            logger.warn("events kept for containerd's return", events=kept)
 
 
 def _serve(
@@ -213,6 +294,8 @@ def _serve(
     if not config.no_setup_logger:
         logger.init(flags.debug, flags.namespace, flags.id, default_level=config.default_log_level)
     _reap(core, config)
+    if socket.spill:
+        core.spill(socket.spill)
     publisher = RemotePublisher(core, flags.namespace)
     task = shim.create_task_service(publisher)
     server = _new_server(core, shim, task, publisher)
@@ -225,5 +308,4 @@ def _serve(
         logger.info("shutting down")
         socket.remove()  # first: whoever starts a shim of this name now must not find one that is about to end
         server.shutdown(SHUTDOWN_TIMEOUT)
-        if not core.drain(SHUTDOWN_TIMEOUT):
-            logger.warn("ending with events that containerd has not acknowledged", **core.stats())
+        core.drain(SHUTDOWN_TIMEOUT)

@@ -74,6 +74,13 @@ class Task:
     """
 
     native = False
+    teardown_timeout = 5.0  # seconds that an exit waits for `teardown`, if the author has written it
+
+    def teardown(self, slot: Slot) -> None:
+        """Called on a pool thread (or awaited, when it is a coroutine) after a process has ended and before its exit is told.
+
+        Write it to undo what must be undone by the time that containerd hears of the exit. When teardown_timeout has passed the
+        exit is told all the same. For shims that give their processes to the exit table."""
 
     def on_exit(self, slot: Slot) -> None:
         """Called on the RPC thread after the exit of a slot's process was told; must not block."""

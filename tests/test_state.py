@@ -8,11 +8,12 @@ import pytest
 
 from shimcore import state as s
 from shimcore.errors import FailedPrecondition, NotFound, ShimError
-from shimcore.protos import types_pb2  # noqa: F401
 from shimcore.protos import task_pb2
 
 STATES = (s.CREATED, s.RUNNING, s.STOPPED, s.PAUSED, s.PAUSING)
 OPERATIONS = sorted(set(s.TABLE[s.INIT]) | set(s.TABLE[s.EXEC]))
+
+CASES = list(itertools.product((s.INIT, s.EXEC), OPERATIONS))
 
 # One column per state: created running stopped paused pausing. A digit is the state after, "." FailedPrecondition,
 # "!" NotFound. Written from the contract, not from the table.
@@ -58,7 +59,7 @@ def outcome(kind: str, state: int, operation: str) -> str:
         return "."
 
 
-@pytest.mark.parametrize(("kind", "operation"), itertools.product((s.INIT, s.EXEC), OPERATIONS))
+@pytest.mark.parametrize(("kind", "operation"), CASES)
 def test_every_cell(kind: str, operation: str) -> None:
     wanted = (INIT if kind == s.INIT else EXEC).get(operation, ".....")
     assert "".join(outcome(kind, state, operation) for state in STATES) == wanted
@@ -71,7 +72,7 @@ def test_every_cell(kind: str, operation: str) -> None:
                 s.check(kind, state, operation)
 
 
-@pytest.mark.parametrize(("kind", "operation"), itertools.product((s.INIT, s.EXEC), OPERATIONS))
+@pytest.mark.parametrize(("kind", "operation"), CASES)
 def test_what_is_deleted_is_not_found(kind: str, operation: str) -> None:
     for state in (s.DELETED, s.UNKNOWN):
         with pytest.raises(NotFound):

@@ -44,7 +44,7 @@ typedef struct sc_child {
 } sc_child;
 
 /* ---- mailbox: what the exit thread tells Python, afterwards ---- */
-enum { SC_NOTE_JOB = 1, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST };
+enum { SC_NOTE_JOB = 1, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST, SC_NOTE_TEARDOWN };
 typedef struct sc_note {
     struct sc_note *next;
     int kind;
@@ -67,6 +67,7 @@ typedef struct sc_waiter {
 
 enum { SC_RESERVED = 1, SC_OPENED, SC_BOUND, SC_EXITED, SC_TOLD, SC_DROPPED };
 enum { SC_CREATED = 1, SC_RUNNING, SC_STOPPED, SC_PAUSED, SC_PAUSING };
+enum { SC_RECORD_NONE, SC_RECORD_PENDING, SC_RECORD_DONE }; /* pending: telling waits for it, a little */
 
 struct sc_slot {
     sc_child child; /* pid and pidfd once bound */
@@ -89,7 +90,14 @@ struct sc_slot {
     char *kill_procs;         /* init without a private pid namespace: cgroup.procs of what to kill at its exit */
     int64_t bound_ns;         /* how long init waits for its execs */
     int kill_tries;
-    sc_timer bound, kill_again;
+    struct sc_ledger *ledger; /* init: where its exits, and its execs', are recorded */
+    int record;
+    int64_t recorded_mono;
+    struct sc_oom *oom;       /* init: what watches for its OOM kills */
+    bool oom_over;
+    int64_t teardown_ns;      /* > 0: an author's hook runs before the exit is told, at most so long */
+    bool tearing_down;
+    sc_timer bound, kill_again, record_late, teardown;
     sc_waiter *waiters;
     void *cookie;             /* Python's Slot; owned by the table entry */
 };
@@ -119,6 +127,7 @@ struct sc_event {
     uint64_t stamp;            /* 1 + number of its stamp, 0 none */
     uint32_t stream;
     unsigned tries;
+    bool vital; /* an exit or a deletion */
     size_t len;
     uint8_t body[]; /* the ttrpc Request, without its header */
 };
@@ -138,6 +147,7 @@ typedef struct {
     sc_buf out, in; /* what the socket has not taken yet; what came in and is no whole frame yet */
     int64_t backoff_ns;
     sc_timer retry, mute;
+    struct sc_spill *spill;
 } sc_outbox;
 
 enum { SC_STAMPS = 256, SC_ID_MAX = 96 };
@@ -148,7 +158,8 @@ typedef struct {
 } sc_stamp;
 
 typedef struct {
-    uint64_t told, orphans, stolen, overdue, jobs, jobs_timed_out, events, acked, rejected, unsent, reconnects, by_number, notes;
+    uint64_t told, orphans, stolen, overdue, jobs, jobs_timed_out, events, acked, rejected, unsent, reconnects, by_number, notes, recorded,
+        unrecorded, record_late, ooms, teardown_late, spilled, dropped;
 } sc_stats;
 
 typedef struct {
@@ -180,6 +191,8 @@ struct sc_core {
     sc_timer sweep_timer;
     sc_waiter *firing;      /* taken out under the lock, answered after it */
     sc_job *graveyard;
+    struct sc_oom *oom_grave;
+    struct sc_recorder *recorder;
     sc_outbox outbox;
     sc_stamp *stamps;
     uint64_t stamp_count;
@@ -222,8 +235,12 @@ int sc_wait_notes(sc_core *, int64_t timeout_ns);
 /* outbox.c */
 void sc_outbox_init(sc_outbox *, const char *address);
 void sc_outbox_free(sc_core *);
+/* Take over what an earlier shim of this address could not hand over, and use the file from now on. May block. */
+int sc_outbox_spill(sc_core *, const char *path, int64_t cap);
+int sc_outbox_keep(sc_core *); /* at the end: what is unsent goes to the file; how many, or -errno */
 sc_event *sc_event_new(sc_core *, sc_slice topic, sc_slice type_url, sc_slice payload, const char *id, const char *exec_id);
 void sc_outbox_push(sc_core *, sc_event *); /* under the lock */
+bool sc_outbox_empty(const sc_core *);      /* under the lock */
 void sc_outbox_pump(sc_core *);             /* under the lock, exit thread */
 sc_stamp *sc_stamp_of(sc_core *, uint64_t stamp);
 

@@ -5,13 +5,14 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include "ledger.h"
+#include "oom.h"
 #include "wire.h"
 
 enum { KILL_AGAIN_MAX = 500 };
 #define KILL_AGAIN_NS 20000000LL
 #define INIT_BOUND_NS 10000000000LL
 
-static void tell_if_due(sc_slot *s);
 static void take_out(sc_core *c, sc_slot *s);
 
 uint64_t sc_hash(const char *text)
@@ -82,11 +83,14 @@ void sc_slot_unref(sc_slot *s)
     free(s->exec_id);
     free(s->state);
     free(s->kill_procs);
+    sc_ledger_unref(s->ledger);
     free(s);
 }
 
 static void bound_fire(sc_core *c, sc_timer *t);
 static void kill_again_fire(sc_core *c, sc_timer *t);
+static void record_late_fire(sc_core *c, sc_timer *t);
+static void teardown_fire(sc_core *c, sc_timer *t);
 static void slot_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real);
 
 static sc_slot *new_slot(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n)
@@ -113,6 +117,8 @@ static sc_slot *new_slot(sc_core *c, const char *id, const char *exec_id, const 
     s->child.died = slot_died;
     s->bound.fire = bound_fire;
     s->kill_again.fire = kill_again_fire;
+    s->record_late.fire = record_late_fire;
+    s->teardown.fire = teardown_fire;
     s->bound_ns = INIT_BOUND_NS;
     return s;
 }
@@ -243,12 +249,37 @@ static uint64_t stamp(sc_core *c, const sc_slot *s)
     strncpy(t->exec_id, s->exec_id, SC_ID_MAX - 1);
     t->pid = (pid_t)s->exit.pid;
     t->reaped = s->reaped_mono;
+    t->recorded = s->recorded_mono;
     return ++c->stamp_count;
+}
+
+void sc_slot_timers_clear(sc_core *c, sc_slot *s)
+{
+    sc_timer_clear(c, &s->bound);
+    sc_timer_clear(c, &s->kill_again);
+    sc_timer_clear(c, &s->record_late);
+    sc_timer_clear(c, &s->teardown);
+}
+
+/* The exit thread frees it: an event for its fd may be in the batch. */
+static void bury_oom(sc_core *c, sc_slot *s)
+{
+    s->oom_over = true;
+    if (!s->oom)
+        return;
+    s->oom->init = NULL;
+    s->oom->grave = c->oom_grave;
+    c->oom_grave = s->oom;
+    s->oom = NULL;
+    sc_core_wake(c);
 }
 
 static void tell(sc_slot *s)
 {
     sc_core *c = s->core;
+    sc_slot *init = s->init ? s->init : s;
+    if (init->oom)
+        sc_oom_look(c, init->oom);
     uint8_t small[512], *body = small;
     size_t need = 2 * (strlen(s->id) + 6) + strlen(s->exec_id) + 2 * 11 + SC_TIMESTAMP_MAX;
     if (need > sizeof small && !(body = malloc(need)))
@@ -264,8 +295,9 @@ static void tell(sc_slot *s)
     e->stamp = stamp(c, s);
     s->phase = SC_TOLD;
     c->stats.told++;
-    sc_timer_clear(c, &s->bound);
-    sc_timer_clear(c, &s->kill_again);
+    sc_slot_timers_clear(c, s);
+    if (s == init)
+        bury_oom(c, s);
     sc_outbox_push(c, e);
     if (c->running && pthread_equal(c->runner, pthread_self()))
         sc_outbox_pump(c);
@@ -274,15 +306,15 @@ static void tell(sc_slot *s)
     sc_post(c, SC_NOTE_TOLD, s, 0, 0, 0);
     if (s->init) {
         s->init->busy--;
-        tell_if_due(s->init);
+        sc_tell_if_due(s->init);
         if (!s->init->in_table)
             take_out(c, s); /* overdue, and its container was deleted before it ended */
     }
 }
 
-static void tell_if_due(sc_slot *s)
+void sc_tell_if_due(sc_slot *s)
 {
-    if (s->phase != SC_EXITED || !s->announced || s->holds)
+    if (s->phase != SC_EXITED || !s->announced || s->holds || s->tearing_down || s->record == SC_RECORD_PENDING)
         return;
     if (!s->init && s->busy && !s->overdue)
         return;
@@ -294,7 +326,56 @@ static void bound_fire(sc_core *c, sc_timer *t)
     sc_slot *s = (sc_slot *)((char *)t - offsetof(sc_slot, bound));
     c->stats.overdue += s->busy;
     s->overdue = true;
-    tell_if_due(s);
+    sc_tell_if_due(s);
+}
+
+static void record_late_fire(sc_core *c, sc_timer *t)
+{
+    sc_slot *s = (sc_slot *)((char *)t - offsetof(sc_slot, record_late));
+    c->stats.record_late++;
+    s->record = SC_RECORD_DONE;
+    sc_tell_if_due(s);
+}
+
+static void teardown_fire(sc_core *c, sc_timer *t)
+{
+    sc_slot *s = (sc_slot *)((char *)t - offsetof(sc_slot, teardown));
+    c->stats.teardown_late++;
+    s->tearing_down = false;
+    sc_tell_if_due(s);
+}
+
+int sc_slot_set_teardown(sc_slot *s, int64_t ns)
+{
+    sc_lock(s->core);
+    s->teardown_ns = ns;
+    sc_unlock(s->core);
+    return 0;
+}
+
+int sc_slot_teardown_done(sc_slot *s)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    if (s->tearing_down) {
+        s->tearing_down = false;
+        sc_timer_clear(c, &s->teardown);
+        sc_tell_if_due(s);
+        sc_core_wake(c);
+    }
+    sc_unlock(c);
+    return 0;
+}
+
+int sc_slot_set_ledger(sc_slot *s, struct sc_ledger *l)
+{
+    sc_core *c = s->core;
+    sc_lock(c);
+    struct sc_ledger *was = s->ledger;
+    s->ledger = l;
+    sc_unlock(c);
+    sc_ledger_unref(was);
+    return 0;
 }
 
 static void kill_rest(sc_core *c, sc_slot *s)
@@ -313,13 +394,20 @@ static void exited(sc_core *c, sc_slot *s, const sc_exit_status *st, int64_t mon
     s->phase = SC_EXITED;
     s->reaped_mono = mono;
     s->exit = (sc_exit){(uint32_t)s->pid, (uint32_t)st->status, real};
+    sc_record(c, s);
+    if (s->teardown_ns > 0) {
+        s->tearing_down = true;
+        sc_timer_set(c, &s->teardown, mono + s->teardown_ns);
+        sc_slot_ref(s);
+        sc_post(c, SC_NOTE_TEARDOWN, s, 0, 0, 0);
+    }
     if (!s->init) {
         if (s->kill_procs)
             kill_rest(c, s);
         if (s->busy)
             sc_timer_set(c, &s->bound, mono + s->bound_ns);
     }
-    tell_if_due(s);
+    sc_tell_if_due(s);
 }
 
 static void slot_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real)
@@ -372,7 +460,7 @@ int sc_slot_announce(sc_slot *s, sc_event *e)
     s->announced = true;
     if (s->init)
         s->task_status = SC_RUNNING;
-    tell_if_due(s);
+    sc_tell_if_due(s);
     sc_unlock(c);
     return 0;
 }
@@ -392,7 +480,7 @@ int sc_slot_release(sc_slot *s, sc_event *e)
     queue_event(c, e);
     if (s->holds)
         s->holds--;
-    tell_if_due(s);
+    sc_tell_if_due(s);
     sc_unlock(c);
     return 0;
 }
@@ -432,7 +520,7 @@ int sc_slot_drop(sc_slot *s)
             closed(c);
             if (s->init) {
                 s->init->busy--;
-                tell_if_due(s->init);
+                sc_tell_if_due(s->init);
             }
         }
     }
@@ -450,6 +538,8 @@ static void take_out(sc_core *c, sc_slot *s)
     *p = s->hash_next;
     s->in_table = false;
     c->slot_count--;
+    sc_slot_timers_clear(c, s);
+    bury_oom(c, s);
     if (!s->exit.exited_at)
         s->exit = (sc_exit){0, 255, sc_now_real()};
     answer_waits(s); /* of an exec that was never started */

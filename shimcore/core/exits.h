@@ -17,6 +17,9 @@
  *  5. Without a private pid namespace what is left in init's cgroup is killed when init has exited, before 4.
  *  6. A slot that is dropped answers its Waits with 255; a status that somebody stole from us is 255 as well, never 0.
  *  7. Until it is told, a process counts as alive for State and Delete; Kill knows better and says not found.
+ *  8. An exit is recorded in the ledger before it is told; where that takes longer than 5 ms it is told all the same (ledger.h).
+ *  9. A TaskOOM stands before the exit that it caused (oom.h). A teardown hook of the author's delays the telling, not beyond
+ *     its deadline.
  * Telling is, in this order: the event is queued, the Waits are answered, Python is told. */
 #ifndef SC_EXITS_H
 #define SC_EXITS_H
@@ -24,6 +27,8 @@
 
 /* All return 0 or -errno; they take the lock. References: what makes or finds a slot gives one to the caller. */
 sc_slot *sc_slot_find(sc_core *, const char *id, const char *exec_id);
+void sc_tell_if_due(sc_slot *);                     /* under the lock */
+void sc_slot_timers_clear(sc_core *, sc_slot *); /* under the lock */
 void sc_slot_ref(sc_slot *);
 void sc_slot_unref(sc_slot *);
 int sc_slot_open_init(sc_core *, const char *id, const uint8_t *state, size_t n, sc_slot **out);                       /* -EEXIST */
@@ -35,6 +40,11 @@ int sc_slot_hold(sc_slot *);
 int sc_slot_release(sc_slot *, sc_event *);
 int sc_slot_set_status(sc_slot *, int status);
 int sc_slot_set_kill_rest(sc_slot *, const char *procs, int64_t bound_ns);
+/* The slot owns the ledger from now on. */
+int sc_slot_set_ledger(sc_slot *, struct sc_ledger *);
+/* At its exit a SC_NOTE_TEARDOWN is posted, and the telling waits for sc_slot_teardown_done, at most ns. */
+int sc_slot_set_teardown(sc_slot *, int64_t ns);
+int sc_slot_teardown_done(sc_slot *);
 int sc_slot_drop(sc_slot *);
 int sc_slot_forget(sc_slot *);         /* -EBUSY: not told yet */
 int sc_slot_kill(sc_slot *, int sig);  /* -ESRCH: exited; -EINVAL: no process yet */

@@ -2,7 +2,10 @@
  *
  * containerd handles the requests of one connection side by side, so what must not overtake waits for the acknowledgement of
  * what it depends on: events of the same exec, and everything of a container against what concerns the whole container. Events
- * of different containers, and of different execs, are in flight together. On the wire the order is the order of queueing. */
+ * of different containers, and of different execs, are in flight together. On the wire the order is the order of queueing.
+ *
+ * Beyond MEMORY_MAX events the rest waits in the spill file, in order. When that is full too (or there is none), exits and
+ * deletions are taken up to twice its cap and up to MEMORY_HARD_MAX in memory, other events are dropped, and each is counted. */
 #define _GNU_SOURCE
 #include "core.h"
 
@@ -13,8 +16,9 @@
 #include <unistd.h>
 
 #include "frame.h"
+#include "spill.h"
 
-enum { WINDOW = 128, TRIES_MAX = 5 };
+enum { WINDOW = 128, TRIES_MAX = 5, MEMORY_MAX = 4096, MEMORY_HARD_MAX = 65536 };
 #define BACKOFF_MIN_NS 10000000LL
 #define BACKOFF_MAX_NS 1000000000LL
 #define MUTE_NS 60000000000LL /* nothing acknowledged for this long: another connection */
@@ -70,6 +74,10 @@ void sc_outbox_init(sc_outbox *o, const char *address)
     o->backoff_ns = 0;
     list_init(&o->queue);
     list_init(&o->flight);
+    o->spill = malloc(sizeof *o->spill);
+    if (!o->spill)
+        abort(); /* at start, before anything was promised */
+    sc_spill_init(o->spill);
 }
 
 void sc_outbox_free(sc_core *c)
@@ -82,6 +90,8 @@ void sc_outbox_free(sc_core *c)
         close(o->fd);
     sc_buf_free(&o->out);
     sc_buf_free(&o->in);
+    sc_spill_free(o->spill);
+    free(o->spill);
     free(o->address);
 }
 
@@ -111,6 +121,7 @@ sc_event *sc_event_new(sc_core *c, sc_slice topic, sc_slice type_url, sc_slice p
     *e = (sc_event){.len = all};
     e->key_id = sc_hash(id);
     e->key_exec = *exec_id ? sc_hash(exec_id) : 0;
+    e->vital = sc_slice_is(topic, "/tasks/exit") || sc_slice_is(topic, "/tasks/delete");
     uint8_t *p = sc_write_bytes(e->body, 1, service, sizeof service - 1);
     p = sc_write_bytes(p, 2, method, sizeof method - 1);
     *p++ = 3 << 3 | 2;
@@ -138,7 +149,51 @@ void sc_outbox_push(sc_core *c, sc_event *e)
         free(e);
         return;
     }
+    e->next = NULL;
+    if (o->queue.count >= MEMORY_MAX || o->spill->count) {
+        if (sc_spill_put(o->spill, e)) {
+            c->stats.spilled++;
+            free(e);
+            return;
+        }
+        if (o->spill->count || !e->vital || o->queue.count >= MEMORY_HARD_MAX) {
+            c->stats.dropped++; /* behind a file that is full nothing may be put in front of */
+            free(e);
+            return;
+        }
+    }
     list_add(&o->queue, e);
+}
+
+bool sc_outbox_empty(const sc_core *c)
+{
+    return !c->outbox.queue.count && !c->outbox.flight.count && !c->outbox.spill->count;
+}
+
+static void refill(sc_outbox *o)
+{
+    sc_event *e;
+    if (o->spill->count && o->queue.count < MEMORY_MAX / 2)
+        while (o->queue.count < MEMORY_MAX && (e = sc_spill_take(o->spill)))
+            list_add(&o->queue, e);
+}
+
+int sc_outbox_spill(sc_core *c, const char *path, int64_t cap)
+{
+    sc_lock(c);
+    int r = sc_spill_open(c->outbox.spill, path, cap);
+    sc_unlock(c);
+    sc_core_wake(c);
+    return r;
+}
+
+int sc_outbox_keep(sc_core *c)
+{
+    sc_outbox *o = &c->outbox;
+    sc_lock(c);
+    int r = sc_spill_keep(o->spill, o->flight.head, o->queue.head);
+    sc_unlock(c);
+    return r;
 }
 
 static void disconnect(sc_core *c)
@@ -234,6 +289,8 @@ static bool flush(sc_core *c)
 void sc_outbox_pump(sc_core *c)
 {
     sc_outbox *o = &c->outbox;
+    if (o->spill->count && o->address)
+        refill(o);
     if (!o->queue.head || o->retry.at)
         return;
     if (o->fd < 0 && !connect_now(c)) {
@@ -298,7 +355,7 @@ static void acknowledged(sc_core *c, uint32_t stream, int32_t code)
     sc_timer_clear(c, &o->mute);
     if (o->flight.count)
         sc_timer_set(c, &o->mute, sc_now_mono() + MUTE_NS);
-    if (!o->flight.count && !o->queue.count)
+    if (!o->flight.count && !o->queue.count && !o->spill->count)
         pthread_cond_broadcast(&c->drained);
 }
 

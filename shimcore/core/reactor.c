@@ -1,6 +1,8 @@
 /* The exit thread's loop: epoll, signals, timers. */
 #define _GNU_SOURCE
 #include "exits.h"
+#include "ledger.h"
+#include "oom.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -132,12 +134,18 @@ static void free_graveyard(sc_core *c)
         c->graveyard = j->grave;
         sc_job_free(j);
     }
+    while (c->oom_grave) {
+        sc_oom *o = c->oom_grave;
+        c->oom_grave = o->grave;
+        sc_oom_free(c, o);
+    }
 }
 
 void sc_core_free(sc_core *c)
 {
     if (!c)
         return;
+    sc_recorder_stop(c);
     if (c->has_signals) {
         /* The handlers were ours: back to the default, so that no write goes to a closed fd. */
         int fd = atomic_exchange(&signal_fd, -1);
@@ -153,8 +161,9 @@ void sc_core_free(sc_core *c)
             s->in_table = false;
             if (s->child.listed)
                 sc_child_remove(c, &s->child);
-            sc_timer_clear(c, &s->bound);
-            sc_timer_clear(c, &s->kill_again);
+            sc_slot_timers_clear(c, s);
+            if (s->oom)
+                sc_oom_free(c, s->oom);
             sc_slot_unref(s);
         }
     }
@@ -376,9 +385,9 @@ int sc_core_drain(sc_core *c, int64_t timeout_ns)
     struct timespec ts = {until / 1000000000, until % 1000000000};
     pthread_mutex_lock(&c->lock);
     int r = 0;
-    while (c->outbox.queue.count + c->outbox.flight.count && r == 0)
+    while (!sc_outbox_empty(c) && r == 0)
         r = pthread_cond_timedwait(&c->drained, &c->lock, &ts);
-    int empty = c->outbox.queue.count + c->outbox.flight.count == 0;
+    int empty = sc_outbox_empty(c);
     sc_unlock(c);
     return empty;
 }

@@ -33,22 +33,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.add_argument("--shim", default="", help=default)
     runs.add_argument("--rootfs", type=Path, help="root filesystem; one of busybox is made if absent")
-    runs.add_argument(
-        "--generation", choices=GENERATIONS, default="1.6", help="start protocol of which containerd"
-    )
+    runs.add_argument("--generation", choices=GENERATIONS, default="1.6", help="start protocol of which containerd")
     runs.add_argument("--runtime", default="", help="OCI runtime binary; the shim's own choice if absent")
     runs.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
     runs.add_argument("--cwd", default="/", help="working directory in the container")
     runs.add_argument("--timeout", type=float, default=math.inf, help="seconds that the command may take")
     runs.add_argument("--debug", action="store_true", help="call the shim with -debug")
     runs.add_argument("--json", action="store_true", help="print the report as JSON")
-    runs.add_argument(
-        "command", nargs="*", metavar="CMD", help="command in the container; says hello if absent"
-    )
+    runs.add_argument("command", nargs="*", metavar="CMD", help="command in the container; says hello if absent")
 
-    info = actions.add_parser(
-        "info", help="print what a shim says of itself (-info, containerd 2.0 and later)"
-    )
+    info = actions.add_parser("info", help="print what a shim says of itself (-info, containerd 2.0 and later)")
     info.add_argument("--shim", default="", help=default)
     return parser
 

@@ -159,9 +159,7 @@ class Activator:
             params.extensions.add().value.CopyFrom(packed)
         return params.SerializeToString()
 
-    def start(
-        self, id: str, bundle: str | Path, options: Message | None = None, *, timeout: float = 10.0
-    ) -> Started:
+    def start(self, id: str, bundle: str | Path, options: Message | None = None, *, timeout: float = 10.0) -> Started:
         """Runs `start` in `bundle` and reads its merged output to the end; `timeout` in seconds.
 
         Raises ActivationError: a non-zero exit, an output that this generation would not take, or one that

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shimcore.rig.leaks import mounts_below
+
 BUSYBOX = "/bin/busybox"
 
 #: Environment of a container unless told otherwise.
@@ -43,9 +45,7 @@ NAMESPACES = ("pid", "ipc", "uts", "mount", "network")
 _LOG_KEPT = 1 << 20
 
 
-def process(
-    args: Sequence[str], *, env: Sequence[str] = ENV, cwd: str = "/", terminal: bool = False
-) -> dict[str, Any]:
+def process(args: Sequence[str], *, env: Sequence[str] = ENV, cwd: str = "/", terminal: bool = False) -> dict[str, Any]:
     """A Process of the runtime spec, as config.json and the Exec RPC want it. env: NAME=value each."""
     caps = [f"CAP_{name}" for name in _CAPS]
     return {
@@ -89,8 +89,7 @@ def spec(
         "process": process(args, env=env, cwd=cwd, terminal=terminal),
         "root": {"path": root},
         "mounts": [
-            {"destination": to, "type": kind, "source": source, "options": options}
-            for to, kind, source, options in _MOUNTS
+            {"destination": to, "type": kind, "source": source, "options": options} for to, kind, source, options in _MOUNTS
         ],
         "annotations": dict(annotations or {}),
         "linux": linux,
@@ -152,11 +151,12 @@ class Bundle:
     def remove(self) -> None:
         """Removes bundle and work directory, as containerd does after `delete`.
 
-        Raises OSError when a filesystem is still mounted on rootfs: removing through a mount would empty it.
+        Raises OSError when something is still mounted below it: removing through a mount would empty what is
+        mounted, which may be somebody's root filesystem.
         """
         self.close()
-        if os.path.ismount(self.path / "rootfs"):
-            raise OSError(f"{self.path}/rootfs is still a mount point")
+        if mounted := mounts_below(self.path):
+            raise OSError(f"still mounted: {', '.join(mounted)}")
         shutil.rmtree(self.path, ignore_errors=True)
         shutil.rmtree(self.work, ignore_errors=True)
 

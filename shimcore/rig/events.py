@@ -234,9 +234,7 @@ class Events:
             with self._changed:
                 self._accepted += 1
                 name = f"events {self._accepted}"
-                thread = threading.Thread(
-                    target=self._serve, args=(connection, self._accepted), name=name, daemon=True
-                )
+                thread = threading.Thread(target=self._serve, args=(connection, self._accepted), name=name, daemon=True)
                 self._connections[connection] = thread
             thread.start()
 

@@ -43,6 +43,14 @@ def alive(pid: int) -> bool:
     return _read(f"/proc/{pid}/stat").rpartition(b") ")[2][:1] not in (b"", b"Z", b"X")
 
 
+def mounts_below(directory: Path) -> list[str]:
+    """Mount points below `directory`, the innermost first. (os.path.ismount does not see a bind mount.)"""
+    points = [line.split()[4] for line in _read("/proc/self/mountinfo").decode().splitlines()]
+    # mountinfo writes a blank and its like in octal (proc_pid_mountinfo(5)).
+    points = [os.fsdecode(point.encode().decode("unicode_escape").encode("latin-1")) for point in points]
+    return [point for point in reversed(points) if point.startswith(f"{directory}/")]
+
+
 class Leaks:
     """What a rig with this marker, namespace and root may leave behind. addresses: of its shims, added as
     they start.
@@ -69,34 +77,19 @@ class Leaks:
 
     def mounts(self) -> list[str]:
         """Mount points below the root, the innermost first."""
-        prefix = f"{self.root}/"
-        points = [line.split()[4] for line in _read("/proc/self/mountinfo").decode().splitlines()]
-        # mountinfo writes a blank and its like in octal (proc_pid_mountinfo(5)).
-        points = [point.encode().decode("unicode_escape") for point in points]
-        return [point for point in reversed(points) if point.startswith(prefix)]
+        return mounts_below(self.root)
 
     def sockets(self) -> list[str]:
         """Socket files of shims that were started."""
-        paths = [
-            address.removeprefix("unix://") for address in self.addresses if address.startswith("unix://")
-        ]
+        paths = [address.removeprefix("unix://") for address in self.addresses if address.startswith("unix://")]
         return sorted(path for path in paths if os.path.exists(path))
 
     def _parents(self) -> Iterator[Path]:
-        yield from (
-            path
-            for path in (_CGROUPS / self.namespace, *_CGROUPS.glob(f"*/{self.namespace}"))
-            if path.is_dir()
-        )
+        yield from (path for path in (_CGROUPS / self.namespace, *_CGROUPS.glob(f"*/{self.namespace}")) if path.is_dir())
 
     def cgroups(self) -> list[str]:
         """Cgroups below the namespace's own, the deepest first."""
-        return [
-            path
-            for parent in self._parents()
-            for path, _, _ in os.walk(parent, topdown=False)
-            if path != str(parent)
-        ]
+        return [path for parent in self._parents() for path, _, _ in os.walk(parent, topdown=False) if path != str(parent)]
 
     def all(self) -> list[str]:
         """A line for each thing that is left."""

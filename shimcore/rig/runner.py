@@ -91,9 +91,7 @@ class Report:
             lines += ["the shim's log:", *(f"  {line}" for line in self.shim_log.splitlines()[-20:])]
         if self.exit_code is not None:
             lines.append(f"exit code {self.exit_code}")
-        lines += (
-            ["left behind:", *(f"  {line}" for line in self.left)] if self.left else ["nothing left behind"]
-        )
+        lines += ["left behind:", *(f"  {line}" for line in self.left)] if self.left else ["nothing left behind"]
         return "\n".join(lines)
 
 
@@ -171,9 +169,7 @@ def run(
             report.address = container.started.address
             report.pid = record.call("create", container.create, lambda pid: f"pid {pid}")
             record.call("start init", container.start)
-            code = record.call(
-                "wait", lambda: container.wait(timeout=timeout), lambda code: f"exit status {code}"
-            )
+            code = record.call("wait", lambda: container.wait(timeout=timeout), lambda code: f"exit status {code}")
             container.stdio.drain()
             # containerd would have it before it lets anybody delete.
             rig.events.wait("/tasks/exit", container=container.id, process="")

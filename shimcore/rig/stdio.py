@@ -78,9 +78,7 @@ class Stdio:
     wanted. A terminal has no stderr of its own.
     """
 
-    def __init__(
-        self, directory: Path, name: str, *, stdin: bool = False, terminal: bool = False, read: bool = True
-    ) -> None:
+    def __init__(self, directory: Path, name: str, *, stdin: bool = False, terminal: bool = False, read: bool = True) -> None:
         """read: False leaves stdout and stderr without a reader until `open_readers` is called."""
         directory.mkdir(parents=True, exist_ok=True)
         self.terminal = terminal

@@ -99,9 +99,7 @@ class Task:
         request = task_pb2.DeleteRequest(id=self.id, exec_id=exec_id)
         return self.call("Delete", request, task_pb2.DeleteResponse, timeout)
 
-    def kill(
-        self, signal: int = 9, exec_id: str = "", *, all: bool = False, timeout: float | None = None
-    ) -> None:
+    def kill(self, signal: int = 9, exec_id: str = "", *, all: bool = False, timeout: float | None = None) -> None:
         """Kill; `all` means every process of the container."""
         request = task_pb2.KillRequest(id=self.id, exec_id=exec_id, signal=signal, all=all)
         self.call("Kill", request, Empty, timeout)

@@ -1,7 +1,8 @@
 """ttrpc on the wire, in plain Python: bytes in, frames and envelopes out, no I/O.
 
 The same rules are kept in C by the shim's own server; this module is the oracle that the C is tested against,
-so it is written to be read, and it is strict where protobuf's own decoders are strict.
+so it is written to be read. It takes what Go's protobuf takes, which is stricter than C++'s in one rule: a
+varint of more than 64 bits is malformed.
 
 A frame is a 10-byte big-endian header, then the data::
 
