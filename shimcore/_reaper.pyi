@@ -107,7 +107,8 @@ class Slot:
     def open(self) -> None:
         """reserved -> opened: call before the process is made. Raises FailedPrecondition when the container's init has exited."""
     def bind(self, pid: int) -> None:
-        """opened -> bound: this pid is the slot's process, dead or alive. Raises OSError(ESRCH) when no such child exists."""
+        """opened -> bound: this pid is the slot's process, dead or alive. One that has gone without our having reaped it is told
+        as 255. Raises OSError(EINVAL) when the slot is not opened."""
     def announce(self, topic: str = "", type_url: str = "", payload: bytes = b"") -> None:
         """Queue the event that makes this process known (TaskCreate, TaskExecStarted) and allow its exit to be told after it."""
     def hold(self) -> None:

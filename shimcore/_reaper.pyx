@@ -361,18 +361,24 @@ cdef class Slot:
             raise failed(-r, "bind")
 
     def announce(self, topic="", type_url="", payload=b""):
-        cdef sc_event *e = self.core.event(topic, type_url, payload, self.p.id, self.p.exec_id)
-        with nogil:
-            sc_slot_announce(self.p, e)
+        cdef sc_event *e = NULL
+        try:
+            e = self.core.event(topic, type_url, payload, self.p.id, self.p.exec_id)
+        finally:  # an event that can't be made must not keep the exit from being told
+            with nogil:
+                sc_slot_announce(self.p, e)
 
     def hold(self):
         with nogil:
             sc_slot_hold(self.p)
 
     def release(self, topic="", type_url="", payload=b""):
-        cdef sc_event *e = self.core.event(topic, type_url, payload, self.p.id, self.p.exec_id)
-        with nogil:
-            sc_slot_release(self.p, e)
+        cdef sc_event *e = NULL
+        try:
+            e = self.core.event(topic, type_url, payload, self.p.id, self.p.exec_id)
+        finally:  # an event that can't be made must not keep the exit from being told
+            with nogil:
+                sc_slot_release(self.p, e)
 
     def set_status(self, int status):
         with nogil:

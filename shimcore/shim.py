@@ -97,6 +97,12 @@ class _Guard:
         os.dup2(sink, 2)
         os.close(sink)
 
+    def release(self) -> None:
+        """For the daemon, which has no result: its stdout and stderr are the log already."""
+        os.close(self._out)
+        os.close(self._err)
+        self._out, self._err = 1, 2
+
     def result(self, data: bytes) -> None:
         """Write the whole result. Raises OSError."""
         while data:
@@ -157,7 +163,9 @@ def _start(cls: type[Shim], runtime_id: str, config: Config, invocation: bootstr
     return bootstrap.encode_address(shim.start_shim(invocation.start_opts()), invocation.generation)
 
 
-def _dispatch(runtime_id: str, shim: type[Shim] | str, config: Config, invocation: bootstrap.Invocation) -> bytes:
+def _dispatch(
+    runtime_id: str, shim: type[Shim] | str, config: Config, invocation: bootstrap.Invocation, guard: _Guard
+) -> bytes:
     action = invocation.action
     if action == bootstrap.HELP:
         return bootstrap.USAGE.encode()
@@ -174,6 +182,7 @@ def _dispatch(runtime_id: str, shim: type[Shim] | str, config: Config, invocatio
 
     if action == bootstrap.DELETE:
         return serve.delete(cls, runtime_id, config, invocation)
+    guard.release()
     serve.serve(cls, runtime_id, config, invocation)
     return b""
 
@@ -191,7 +200,7 @@ def run(runtime_id: str, shim: type[Shim] | str, config: Config | None = None) -
         flags = bootstrap.parse_flags(sys.argv[1:])
         stdin = _read_stdin() if bootstrap.reads_stdin(flags) else b""
         invocation = bootstrap.parse_invocation(sys.argv[1:], os.environ, stdin)
-        guard.result(_dispatch(runtime_id, shim, config or bootstrap.Config(), invocation))
+        guard.result(_dispatch(runtime_id, shim, config or bootstrap.Config(), invocation, guard))
         status = 0
     except SystemExit as end:
         guard.error(f"{runtime_id}: the shim's code called exit({end.code})")

@@ -106,6 +106,20 @@ def test_listener_makes_its_directories_private(folder: Path, fds: list[int]) ->
         path.parent.parent.rmdir()
 
 
+def test_there_is_no_moment_in_which_others_may_connect(
+    folder: Path, fds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket is private from bind on, not by a chmod after it."""
+    chmods: list[object] = []
+    monkeypatch.setattr(os, "chmod", lambda path, mode: chmods.append(path))
+    old = os.umask(0)
+    try:
+        fds.append(a.start_listener(f"unix://{folder}/socket"))
+    finally:
+        os.umask(old)
+    assert chmods == [] and mode(folder / "socket") == 0o600
+
+
 def test_listener_listens_and_is_not_inherited(folder: Path, fds: list[int]) -> None:
     path = folder / "socket"
     fds.append(a.start_listener(f"unix://{path}"))

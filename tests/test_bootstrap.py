@@ -99,7 +99,8 @@ def test_23_fields_of_the_future_are_passed_over() -> None:
 # --- D2: never misread
 
 
-@pytest.mark.parametrize("changed", [{"instance_id": "c2"}, {"namespace": "other"}])
+# Without a log level all of its fields but the extensions are strings, as an Any's are.
+@pytest.mark.parametrize("changed", [{"instance_id": "c2"}, {"namespace": "other"}, {"namespace": "o", "log_level": 0}])
 def test_params_for_another_shim(changed: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument, match="as BootstrapParams it is for"):
         b.parse_invocation(START, ENV_17, params(**changed).SerializeToString())
@@ -119,6 +120,7 @@ def test_params_for_another_shim(changed: dict[str, object]) -> None:
         b"\x08\x01",  # field 1 a number
         any_of().SerializeToString()[:-1],
         any_of().SerializeToString() + b"\x18\x01",
+        any_of().SerializeToString() + b"\x1a\x01x",
         params().SerializeToString()[:-1],
     ],
 )

@@ -29,7 +29,7 @@ LAW = [
     {"task"},
     {"state"},
     {"monitor"},
-    {"publisher", "util", "jobs"},
+    {"publisher", "util", "jobs", "ledger"},
     {"logger"},
     {"mount"},
     {"cgroup"},

@@ -11,25 +11,67 @@
 
 enum { DEPTH_MAX = 16 };
 
-static int signal_listed(int dir, const char *file, int sig)
+struct listed {
+    int *pids;
+    size_t n, cap;
+};
+
+static void list(int dir, const char *file, struct listed *l)
 {
-    int fd = openat(dir, file, O_RDONLY | O_CLOEXEC), n = 0;
-    if (fd < 0)
-        return 0;
-    FILE *f = fdopen(fd, "r");
+    int fd = openat(dir, file, O_RDONLY | O_CLOEXEC), pid;
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "r");
     if (!f) {
-        close(fd);
-        return 0;
+        if (fd >= 0)
+            close(fd);
+        return;
     }
-    int pid;
     while (fscanf(f, "%d", &pid) == 1) {
-        int pidfd = pid > 0 ? sc_pidfd_open(pid) : -1;
-        if (pidfd < 0)
-            continue;
-        n += sc_pidfd_send_signal(pidfd, sig) == 0;
-        close(pidfd);
+        if (l->n == l->cap) {
+            size_t cap = l->cap ? 2 * l->cap : 64;
+            int *p = realloc(l->pids, cap * sizeof *p);
+            if (!p)
+                break;
+            l->pids = p;
+            l->cap = cap;
+        }
+        l->pids[l->n++] = pid;
     }
     fclose(f);
+}
+
+static bool has(const struct listed *l, int pid)
+{
+    for (size_t i = 0; i < l->n; i++)
+        if (l->pids[i] == pid)
+            return true;
+    return false;
+}
+
+enum { AT_ONCE = 64 }; /* pidfds open at a time */
+
+/* A pid may have been given to a stranger between the list and pidfd_open: one that is listed again has not. */
+static int signal_listed(int dir, const char *file, int sig)
+{
+    struct listed first = {0};
+    int n = 0;
+    list(dir, file, &first);
+    for (size_t at = 0; at < first.n; at += AT_ONCE) {
+        int fds[AT_ONCE];
+        size_t some = first.n - at < AT_ONCE ? first.n - at : AT_ONCE;
+        for (size_t i = 0; i < some; i++)
+            fds[i] = first.pids[at + i] > 0 ? sc_pidfd_open(first.pids[at + i]) : -1;
+        struct listed again = {0};
+        list(dir, file, &again);
+        for (size_t i = 0; i < some; i++) {
+            if (fds[i] < 0)
+                continue;
+            if (has(&again, first.pids[at + i]))
+                n += sc_pidfd_send_signal(fds[i], sig) == 0;
+            close(fds[i]);
+        }
+        free(again.pids);
+    }
+    free(first.pids);
     return n;
 }
 

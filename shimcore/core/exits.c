@@ -540,6 +540,10 @@ static void take_out(sc_core *c, sc_slot *s)
     c->slot_count--;
     sc_slot_timers_clear(c, s);
     bury_oom(c, s);
+    if (!s->execs) { /* its fd goes now, not with Python's last reference */
+        sc_ledger_unref(s->ledger);
+        s->ledger = NULL;
+    }
     if (!s->exit.exited_at)
         s->exit = (sc_exit){0, 255, sc_now_real()};
     answer_waits(s); /* of an exec that was never started */

@@ -146,6 +146,14 @@ int sc_reap_orphan(sc_exit_status *out)
 
 /* ---- spawn ---- */
 
+/* What runs on a child's stack leaves it by exec or _exit, never by returning: instrumented, it would leave the address
+ * sanitiser's marks on memory that the next mmap is given. */
+#if defined(__GNUC__)
+#define IN_CHILD __attribute__((no_sanitize("address")))
+#else
+#define IN_CHILD
+#endif
+
 struct child {
     const sc_spawn_args *a;
     sigset_t mask_before;
@@ -154,7 +162,7 @@ struct child {
     int error, at; /* written by the child, read by us after it has exec'd or ended */
 };
 
-static void cloexec_rest(int from)
+IN_CHILD static void cloexec_rest(int from)
 {
     if (syscall(SYS_close_range, (unsigned)from, ~0U, SC_CLOSE_RANGE_CLOEXEC) == 0)
         return;
@@ -165,7 +173,7 @@ static void cloexec_rest(int from)
         fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-static int map_fds(const sc_spawn_args *a)
+IN_CHILD static int map_fds(const sc_spawn_args *a)
 {
     int top = 2;
     for (size_t i = 0; i < a->nfds; i++)
@@ -206,7 +214,7 @@ static int map_fds(const sc_spawn_args *a)
     return 0;
 }
 
-static int child_main(void *arg)
+IN_CHILD static int child_main(void *arg)
 {
     struct child *c = arg;
     const sc_spawn_args *a = c->a;
@@ -286,7 +294,7 @@ struct mounter {
     int error;
 };
 
-static int mount_child(void *arg)
+IN_CHILD static int mount_child(void *arg)
 {
     struct mounter *m = arg;
     if (chdir(m->cwd) < 0 || mount(m->source, m->target, m->fstype, m->flags, m->data) < 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from .. import cgroup, jobs, logger, mount
+from .. import cgroup, jobs, ledger, logger, mount
 from .._reaper import pidfd_open, pidfd_send_signal
 from ..errors import NotFound, ShimError
 from ..util import mkdir, read_pid_from_file, read_spec, write_options, write_runtime
@@ -80,6 +80,10 @@ class Container:
         write_options(self.bundle, self.options.values())
         write_runtime(self.bundle, self.options.binary_name)
         self.private_pids = has_private_pids(self.bundle)
+        try:
+            self.init.slot.set_ledger(os.path.join(self.bundle, ledger.FILE_NAME))
+        except OSError as error:  # its exits are told all the same
+            logger.error("the exits of this container will not be recorded", id=self.id, error=error)
         if mounts:
             mkdir(self.rootfs)
             self.mounted = True
@@ -94,7 +98,16 @@ class Container:
             self.cgroup = own_cgroup(pid)
         except (OSError, ShimError) as error:
             logger.warn("cgroup of the container is not known", id=self.id, pid=pid, error=error)
+        self._watch_oom(pid)
         return pid
+
+    def _watch_oom(self, pid: int) -> None:
+        try:
+            unified = cgroup.is_unified()
+            folder = cgroup.find_directory(pid, *(() if unified else ("memory",)), top=False)
+            self.init.slot.watch_oom(folder, unified)
+        except (OSError, ShimError) as error:
+            logger.info("OOM kills of this container will not be told", id=self.id, error=error)
 
     def unprepare(self) -> None:
         """Never raises: the error that brought us here is the one to tell."""
@@ -109,13 +122,18 @@ class Container:
         if self.mounted:
             mount.umount_recursive(self.rootfs)
 
-    # --- Delete, for the pool
-
-    def clean(self) -> None:
+    def close_io(self) -> None:
+        """Of every process; on the RPC thread, which may be about to look at it."""
         self.init.close_io()
         for process in self.execs.values():
             process.close_io()
-        self.unmount()
+
+    def forget(self) -> None:
+        """Take init out of the exit table, and with it its execs. Raises FailedPrecondition."""
+        self.init.forget()
+        for process in self.execs.values():
+            process.slot.cookie = None
+        self.execs.clear()
 
     # --- for the pool, at any time
 
@@ -130,8 +148,9 @@ class Container:
         status and all."""
         found = self._listed()
         if not found:
-            found = [process.slot.pid for process in (self.init, *self.execs.values()) if process.slot.exited_at == 0]
-            found = [pid for pid in found if pid > 0] or [self.init.slot.pid]
+            # A copy: the RPC thread goes on meanwhile.
+            slots = [process.slot for process in [self.init, *list(self.execs.values())]]
+            found = [slot.pid for slot in slots if slot.pid > 0 and slot.exited_at == 0] or [self.init.slot.pid]
         return found
 
     def signal_all(self, signum: int) -> int:

@@ -62,6 +62,9 @@ class Control(Task):
         self.core = publisher.core
         self.namespace = publisher.namespace
         self.containers: dict[str, Container] = {}  # those under creation too
+        # systemd's for containerd. A runtime that finds it makes the container report its readiness, and
+        # waits for it.
+        os.environ.pop("NOTIFY_SOCKET", None)
 
     def container(self, id: str) -> Container:
         """Raises NotFound."""

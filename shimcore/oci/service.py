@@ -62,7 +62,7 @@ class RuncTask(Control):
             if not container.ready:
                 # In this order a Wait that is parked is answered before the container is unknown.
                 slot.drop()
-                slot.forget()
+                init.forget()
                 del self.containers[request.id]
                 if context.cancelled:
                     jobs.Task(self.core, self._end_if_unused()).step()
@@ -221,7 +221,7 @@ class RuncTask(Control):
         slot = process.slot
         state.check(state.EXEC, state_of(slot), state.DELETE)
         response = _exit_of(slot)
-        slot.forget()
+        process.forget()
         container.execs.pop(process.exec_id, None)
         process.close_io()
         await jobs.in_pool(ExecFiles(container.bundle, process.exec_id).remove)
@@ -242,7 +242,8 @@ class RuncTask(Control):
                 result = await self.run(context, runc.DELETE_TIMEOUT, argv)
                 if result.status != 0:
                     raise error
-        await jobs.in_pool(container.clean)
+        await jobs.in_pool(container.unmount)
+        container.close_io()
         response = _exit_of(slot)
         event = events_pb2.TaskDelete(
             container_id=container.id,
@@ -251,7 +252,7 @@ class RuncTask(Control):
             exited_at=response.exited_at,
         )
         self.publisher.publish(TOPIC_DELETE, event, container.id)
-        slot.forget()
+        container.forget()
         del self.containers[container.id]
         return response
 

@@ -89,7 +89,7 @@ class RuncShim(Shim):
             _run_delete(runtime, id, os.path.join(bundle, LOG_FILE))
         _umount(os.path.join(bundle, "rootfs"))
         _remove_dead_socket(bundle)
-        return DeleteResult(pid, KILLED_STATUS, now_ns())
+        return _told_exit(bundle, id) or DeleteResult(pid, KILLED_STATUS, now_ns())
 
     def shim_info(self, invocation: Invocation) -> bytes:
         """Name, version, the options as they came in, and what the runtime's `features` says, if it knows
@@ -99,6 +99,17 @@ class RuncShim(Shim):
         options = from_any(*invocation.options) if invocation.options is not None else Options()
         features = _features(options.binary_name or DEFAULT_BINARY)
         return encode_info(self.runtime_id, __version__, options=invocation.options, features=features)
+
+
+def _told_exit(bundle: str, id: str) -> DeleteResult | None:
+    """How init ended, if its shim lived to record it: containerd publishes this when it has not heard of the exit."""
+    from ..ledger import last_exit
+
+    try:
+        found = last_exit(id, bundle=bundle)
+    except OSError:
+        return None
+    return None if found is None else DeleteResult(found.pid, found.exit_status, found.exited_at)
 
 
 def _bundle(flag: str, id: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from shimcore.rig.activate import ActivationError, Activator, Deleted, Started
 from shimcore.rig.events import DOWN, FROZEN, MUTE, SLOW, UP, Event, EventError, Events
+from shimcore.rig.runtime import FakeRuntime, Gate, Held, RuntimeTimeout
 from shimcore.rig.session import Exec, LeakError, Rig, Session
 from shimcore.rig.stdio import Reader, Stdio
 from shimcore.rig.task import Task
@@ -33,9 +34,13 @@ __all__ = [
     "EventError",
     "Events",
     "Exec",
+    "FakeRuntime",
+    "Gate",
+    "Held",
     "LeakError",
     "Reader",
     "Rig",
+    "RuntimeTimeout",
     "Session",
     "Started",
     "Stdio",

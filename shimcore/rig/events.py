@@ -48,7 +48,8 @@ class Event:
 
     at: when its last byte was read, monotonic ns. sent: the envelope's own timestamp, ns since 1970.
     message: the event; of a kind that is not known here, the Any. answered: whether it was acknowledged.
-    connection: number of the connection it came on, from 1.
+    connection: number of the connection it came on, from 1. raw: the request's bytes as they came, envelope and all,
+    so that a replay can be compared.
     """
 
     at: int
@@ -58,6 +59,7 @@ class Event:
     sent: int
     answered: bool
     connection: int
+    raw: bytes = b""
 
     @property
     def container(self) -> str:
@@ -92,6 +94,8 @@ class Events:
         self.delay = delay
         self.mode = DOWN
         self.malformed: list[str] = []
+        self.refused: list[Event] = []
+        self._refusals: list[int] = []
         self._path = path
         self._all: list[Event] = []
         # Guards everything here. Handed out by notify_all when an event came or the mode changed.
@@ -127,7 +131,7 @@ class Events:
     def clear(self) -> None:
         """Forgets what came so far."""
         with self._changed:
-            self._all.clear()
+            self._all = []
 
     def wait(
         self,
@@ -154,10 +158,17 @@ class Events:
 
         deadline = time.monotonic() + timeout
         with self._changed:
+            looked, found = self._all, 0
+            at = 0
             while True:
-                found = [event for event in self._all if fits(event)]
-                if len(found) >= count:
-                    return found[count - 1]
+                if looked is not self._all:  # cleared meanwhile
+                    looked, found, at = self._all, 0, 0
+                while at < len(looked):
+                    event = looked[at]
+                    at += 1
+                    found += fits(event)
+                    if found == count:
+                        return event
                 left = deadline - time.monotonic()
                 if left > 0:
                     self._changed.wait(left)
@@ -165,6 +176,11 @@ class Events:
                     came = "".join(f"\n  {event}" for event in self._all) or " nothing"
                     wanted = " ".join(filter(None, [topic, container, process]))
                     raise EventError(f"no event {wanted!r} within {timeout} s; what came:{came}")
+
+    def count(self, topic: str = "") -> int:
+        """How many events of a topic, or in all, have come so far."""
+        with self._changed:
+            return sum(not topic or event.topic == topic for event in self._all)
 
     # ---- how it behaves ------------------------------------------------------------------------------------
 
@@ -183,6 +199,12 @@ class Events:
             self._go_down()
         elif self._listener is None:
             self._come_up()
+
+    def refuse(self, count: int = 1, *, code: int = 14) -> None:
+        """The next `count` events are not taken but put into `refused`: answered with an error of this code (that of
+        shimcore.errors), or, with code 0, by closing the connection."""
+        with self._changed:
+            self._refusals += [code] * count
 
     def restart(self, away: float = 0.0) -> None:
         """Goes down, for `away` seconds, and comes up again on a new socket at the same path."""
@@ -293,8 +315,16 @@ class Events:
             sent=envelope.timestamp.ToNanoseconds(),
             answered=mode in (UP, SLOW),
             connection=number,
+            raw=frame.data,
         )
         with self._changed:
+            if self._refusals:
+                self.refused.append(event)
+                code = self._refusals.pop(0)
+                self._changed.notify_all()
+                if not code:
+                    raise ConnectionAbortedError
+                return codec.encode_response(code=code, message="refused")
             self._all.append(event)
             self._changed.notify_all()
         return codec.encode_response()

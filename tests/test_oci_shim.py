@@ -1,0 +1,126 @@
+"""RuncShim: grouping, and what `delete` finds out about a container whose shim has died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shimcore.bootstrap import Config, parse_flags
+from shimcore.oci import shim
+from shimcore.oci.options import Options
+from shimcore.util import write_options
+
+
+@pytest.mark.parametrize(
+    ("annotations", "group"),
+    [
+        (None, "c1"),
+        ({}, "c1"),
+        ({"other": "x"}, "c1"),
+        ({"io.kubernetes.cri.sandbox-id": "pod"}, "pod"),
+        ({"io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "g"}, "g"),
+        ({"io.containerd.runc.v2.group": 1}, "c1"),
+    ],
+)
+def test_grouping(annotations: object, group: str) -> None:
+    assert shim.grouping({"annotations": annotations}, "c1") == group
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen(["sleep", "1000"])
+    yield child
+    child.kill()
+    child.wait()
+
+
+def delete(tmp_path: Path) -> tuple[int, int]:
+    """Runs `delete` for c1 with a runtime that notes its calls; (pid, exit status) as told."""
+    bundle = tmp_path / "c1"
+    bundle.mkdir(exist_ok=True)
+    runtime = tmp_path / "runtime"
+    runtime.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    runtime.chmod(0o755)
+    options = Options()
+    options.root = str(tmp_path / "state")
+    write_options(str(bundle), options.values())
+    (bundle / "runtime").write_text(str(runtime))
+    flags = parse_flags(["-namespace", "ns", "-id", "c1", "-bundle", str(bundle), "delete"])
+    result = shim.RuncShim("io.containerd.runc.v2-py", flags, Config()).delete_shim()
+    return result.pid, result.exit_status
+
+
+def calls(tmp_path: Path) -> str:
+    path = tmp_path / "calls"
+    return path.read_text() if path.exists() else ""
+
+
+def state(tmp_path: Path, text: str) -> None:
+    directory = tmp_path / "state" / "ns" / "c1"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "state.json").write_text(text)
+
+
+def start_time(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def test_delete_kills_what_still_lives(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    start = start_time(process.pid)
+    state(tmp_path, f'{{"init_process_pid":{process.pid},"init_process_start":{start}}}')
+    assert delete(tmp_path) == (process.pid, 137)
+    assert process.wait(5) == -signal.SIGKILL
+    root, log = tmp_path / "state/ns", tmp_path / "c1/log.json"
+    assert calls(tmp_path) == f"--root {root} --log {log} --log-format json delete --force c1\n"
+
+
+def test_delete_never_hits_a_reused_pid(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    state(tmp_path, f'{{"init_process_pid":{process.pid},"init_process_start":{start_time(process.pid) + 1}}}')
+    assert delete(tmp_path) == (process.pid, 137)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.1)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"init_process_pid":"1","init_process_start":2}'])
+def test_delete_with_a_state_that_says_nothing(tmp_path: Path, text: str) -> None:
+    state(tmp_path, text)
+    (tmp_path / "c1").mkdir()
+    (tmp_path / "c1/init.pid").write_text("4242")
+    assert delete(tmp_path) == (4242, 137)
+    assert "delete --force c1" in calls(tmp_path)
+
+
+def test_delete_does_not_ask_a_runtime_that_has_no_state(tmp_path: Path) -> None:
+    assert delete(tmp_path) == (0, 137)
+    assert calls(tmp_path) == ""
+
+
+def test_delete_without_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    flags = parse_flags(["-namespace", "ns", "-id", "c1", "delete"])
+    assert shim.RuncShim("x", flags, Config()).delete_shim().exit_status == 137
+    os.chdir("/")
+
+
+def test_delete_removes_a_dead_shims_socket(tmp_path: Path) -> None:
+    import socket
+
+    path = tmp_path / "s"
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen()
+    (tmp_path / "c1").mkdir()
+    (tmp_path / "c1/address").write_text(f"unix://{path}")
+    delete(tmp_path)
+    assert path.exists()  # its group's shim lives
+    server.close()
+    delete(tmp_path)
+    assert not path.exists()
