@@ -101,3 +101,19 @@ clean: ## remove what was built, the virtual environment too
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache
 	rm -f shimcore/*.so shimcore/_reaper.c shimcore/_ttrpc.c
 	find shimcore tests benchmarks examples tools -name __pycache__ -prune -exec rm -rf {} +
+
+# Each tests/fuzz/fuzz_*.c is a libFuzzer program of its own. The kept corpus is only read; what is new goes to build/fuzz.
+FUZZ_TIME ?= 60
+FUZZERS := $(patsubst tests/fuzz/%.c,build/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+
+build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(CORE) $(HEADERS)
+	@mkdir -p build/fuzz/corpus/$*
+	clang $(CFLAGS_CORE) -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< $(CORE) -o $@
+
+.PHONY: fuzz
+fuzz: $(FUZZERS) ## libFuzzer on the C core's parsers and its server, FUZZ_TIME seconds each (needs clang)
+	@for one in $(FUZZERS); do \
+		name=$${one##*/fuzz_}; mkdir -p build/fuzz/corpus/$$name; \
+		$$one -max_total_time=$(FUZZ_TIME) -max_len=65536 -artifact_prefix=build/fuzz/ \
+			build/fuzz/corpus/$$name tests/fuzz/corpus/$$name || exit 1; \
+	done

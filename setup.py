@@ -17,7 +17,7 @@ from setuptools.errors import LinkError
 
 CORE = sorted(glob("shimcore/core/*.c"))
 HEADERS = sorted(glob("shimcore/core/*.h"))
-PROGRAMS = {"fake-runtime": "shimcore/rig/fake_runtime.c"}
+PROGRAMS = {"fake-runtime": ["shimcore/rig/fake_runtime.c", "shimcore/rig/fake_parts.h"]}
 
 # Empty, as a source file's own #define would have it: a different value would be a warning.
 MACROS = [("_GNU_SOURCE", "")]
@@ -42,29 +42,24 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         super().run()
-        where = os.path.join("" if self.inplace else self.build_lib, "shimcore", "_bin")
-        for name, source in PROGRAMS.items():
-            objects = self.compiler.compile([source], output_dir=self.build_temp, macros=MACROS, extra_postargs=FLAGS)
+        folder = os.path.join("" if self.inplace else self.build_lib, "shimcore", "_bin")
+        for name, files in PROGRAMS.items():
+            path, new = os.path.join(folder, name), os.path.join(folder, f"{name}.new")
+            if os.path.exists(path) and os.path.getmtime(path) > max(map(os.path.getmtime, [__file__, *files])):
+                continue
+            objects = self.compiler.compile(files[:1], output_dir=self.build_temp, macros=MACROS, extra_postargs=FLAGS)
             try:
-                self.compiler.link_executable(objects, name, output_dir=where, extra_postargs=["-static"])
+                self.compiler.link_executable(objects, new, extra_postargs=["-static"])
             except LinkError:
-                self.compiler.link_executable(objects, name, output_dir=where)
+                self.compiler.link_executable(objects, new)
+            os.replace(new, path)  # in one step: somebody may be running it
 
+
+LIBRARY = {"sources": CORE, "macros": MACROS, "include_dirs": ["shimcore/core"], "cflags": FLAGS, "obj_deps": {"": HEADERS}}
 
 setup(
     cmdclass={"build_ext": BuildExt},
-    libraries=[
-        (
-            "shimcore_core",
-            {
-                "sources": CORE,
-                "macros": MACROS,
-                "include_dirs": ["shimcore/core"],
-                "cflags": FLAGS,
-                "obj_deps": {"": HEADERS},
-            },
-        )
-    ],
+    libraries=[("shimcore_core", LIBRARY)],
     ext_modules=cythonize([module("_reaper"), module("_ttrpc")], language_level=3),
     options={"build_ext": {"parallel": os.cpu_count() or 1}},
 )

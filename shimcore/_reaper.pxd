@@ -169,7 +169,9 @@ cdef class Core:
     cdef object __weakref__
     cdef dict all            # (container_id, exec_id) -> Slot: what stands in the table
     cdef Slot wrap(self, sc_slot *p, container_id, exec_id)
+    cdef dict noting         # address of the C slot -> Slot: in the table, or its told note has not been taken yet
     cdef forgotten(self, Slot s)
+    cdef forget_one(self, Slot s)
     cdef sc_event *event(self, topic, type_url, bytes payload, const char *id, const char *exec_id) except? NULL
     cpdef list take(self)
     cdef told(self, int kind, sc_slot *p, list out)
@@ -193,4 +195,5 @@ cdef class Slot:
     cdef readonly str container_id
     cdef readonly str exec_id
     cdef public object cookie
+    cdef bint gone, noted  # forgotten; its told note has been taken
     cdef sc_slot_info info(self) noexcept

@@ -66,6 +66,10 @@ cdef failed(int err, str call):
     return OSError(err, os.strerror(err), call)
 
 
+cdef int64_t to_ns(double seconds) noexcept:
+    return <int64_t>(min(max(seconds, 0.0), 1e9) * 1e9)
+
+
 cdef int checked(int r, str call) except -1:
     if r < 0:
         raise failed(-r, call)
@@ -450,6 +454,7 @@ cdef class Core:
 
     def __cinit__(self, namespace="", events_address=""):
         self.all = {}
+        self.noting = {}
         self.p = sc_core_new(os.fsencode(namespace), os.fsencode(events_address))
         if self.p == NULL:
             raise failed(errno or ENOMEM, "epoll_create1")
@@ -459,7 +464,10 @@ cdef class Core:
             sc_core_free(self.p)
 
     def install_signals(self, sigchld=True):
-        cdef int r = sc_core_signals(self.p, bool(sigchld))
+        cdef bint on = bool(sigchld)
+        cdef int r
+        with nogil:
+            r = sc_core_signals(self.p, on)
         if r == -EBUSY:
             raise RuntimeError("another Core of this process has the signal handlers")
         checked(r, "sigaction")
@@ -475,7 +483,7 @@ cdef class Core:
 
     def drain(self, double timeout):
         cdef int r
-        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        cdef int64_t ns = to_ns(timeout)
         with nogil:
             r = sc_core_drain(self.p, ns)
         return bool(r)
@@ -503,6 +511,7 @@ cdef class Core:
         s.container_id = container_id
         s.exec_id = exec_id
         self.all[(container_id, exec_id)] = s
+        self.noting[<size_t>p] = s
         if self.teardown_timeout > 0:
             s.set_teardown(self.teardown_timeout)
         return s
@@ -549,10 +558,16 @@ cdef class Core:
     cdef forgotten(self, Slot s):
         if self.all.get((s.container_id, s.exec_id)) is not s:
             return
-        del self.all[(s.container_id, s.exec_id)]
+        keys = [(s.container_id, s.exec_id)]
         if not s.exec_id:
-            for key in [k for k in self.all if k[0] == s.container_id]:
-                del self.all[key]
+            keys = [k for k in self.all if k[0] == s.container_id]
+        for key in keys:
+            self.forget_one(<Slot>self.all.pop(key))
+
+    cdef forget_one(self, Slot s):
+        s.gone = True
+        if s.noted or s.info().phase in (SC_RESERVED, SC_DROPPED):
+            self.noting.pop(<size_t>s.p, None)  # else its note, still to be taken, is the last that needs it
 
     # ---- events ----
 
@@ -612,7 +627,7 @@ cdef class Core:
         cdef Job j = Job()
         cdef sc_job *p
         cdef int err = 0, at = 0
-        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        cdef int64_t ns = to_ns(timeout)
         j.cookie = cookie
         Py_INCREF(j)  # the note's
         with nogil:
@@ -624,7 +639,7 @@ cdef class Core:
 
     def timer(self, double seconds, cookie):
         cdef int r
-        cdef int64_t ns = <int64_t>(seconds * 1e9)
+        cdef int64_t ns = to_ns(seconds)
         Py_INCREF(cookie)
         with nogil:
             r = sc_delay(self.p, ns, <void *>cookie)
@@ -664,10 +679,13 @@ cdef class Core:
         return out
 
     cdef told(self, int kind, sc_slot *p, list out):
-        cdef bytes id = p.id, exec_id = p.exec_id
-        cdef Slot s = self.all.get((id.decode(), exec_id.decode()))
-        if s is not None and s.p == p:
+        cdef Slot s = self.noting.get(<size_t>p)
+        if s is not None:
             out.append((kind, s))
+            if kind == SC_NOTE_TOLD:
+                s.noted = True
+                if s.gone:
+                    del self.noting[<size_t>p]
         with nogil:
             sc_slot_unref(p)
 

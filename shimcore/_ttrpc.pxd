@@ -41,6 +41,7 @@ cdef extern from "core/server.h" nogil:
     void sc_server_stop(sc_server *s)
     void sc_server_wake(sc_server *s)
     unsigned sc_server_inflight(sc_server *s)
+    bint sc_server_idle(sc_server *s)
     void sc_server_close_all(sc_server *s)
     void sc_call_unref(sc_call *k)
     void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message_len, const void *payload, size_t n,

@@ -1,17 +1,17 @@
 # cython: language_level=3, freethreading_compatible=True, binding=False, embedsignature=False
 """See _ttrpc.pyi. The thread in Server.run holds the interpreter's lock only while it steps handlers."""
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
 from ._reaper cimport Core, sc_now_mono
-from ._reaper cimport SC_NOTE_JOB, SC_NOTE_POST, SC_NOTE_TIMER
 
 import os
 from _thread import get_ident
 
 from ._reaper import ExitSignal
 from .errors import from_exception
-from .jobs import Pool, Task
+from .jobs import Pool, Task, resume
 
 MAX_MESSAGE = SC_MAX_MESSAGE
 INLINE = 1
@@ -19,8 +19,10 @@ POOL = 2
 COROUTINE = 3
 
 
+@cython.no_gc_clear
 cdef class Context:
     cdef sc_call *k  # a reference
+    cdef Server server  # which must outlive the call
     cdef list pairs
 
     def __dealloc__(self):
@@ -82,12 +84,15 @@ cdef class Context:
             return
         try:
             payload = response.SerializeToString()
+            if not isinstance(payload, bytes):
+                raise TypeError("its SerializeToString returns no bytes")
         except BaseException as exc:
             self.fail(SC_UNKNOWN, f"handler returned {type(response).__name__}, not a message: {exc}", batch)
         else:
             self.reply(payload, batch)
 
 
+@cython.no_gc_clear  # the core must outlive the server, in a cycle too
 cdef class Server:
     cdef sc_server *s
     cdef readonly Core core
@@ -95,7 +100,7 @@ cdef class Server:
     cdef object callback
     cdef object idle, ended
     cdef object pool
-    cdef bint draining, running
+    cdef bint draining, running, closed
     cdef object thread
 
     def __cinit__(self, Core core, *, size_t max_message=SC_MAX_MESSAGE, unsigned max_inflight=65536,
@@ -149,6 +154,7 @@ cdef class Server:
     cdef dispatch(self, sc_call *k):
         cdef Context ctx = Context.__new__(Context)
         ctx.k = k
+        ctx.server = self
         kind, handler, parse = <tuple>self.methods[k.method]
         try:
             request = parse(PyBytes_FromStringAndSize(<const char *>k.payload.p, k.payload.n))
@@ -172,15 +178,8 @@ cdef class Server:
             ctx.answer(response, None, True)
 
     cdef note(self, tuple n):
-        kind = n[0]
         try:
-            if kind == SC_NOTE_JOB:
-                n[1].cookie.step(n[1].result())
-            elif kind == SC_NOTE_TIMER:
-                n[1].step()
-            elif kind == SC_NOTE_POST:
-                n[1]()
-            elif self.callback is not None:
+            if not resume(n) and self.callback is not None:
                 self.callback(n)
         except BaseException as exc:
             from . import logger
@@ -190,6 +189,8 @@ cdef class Server:
     def run(self):
         cdef int work
         cdef sc_call *k
+        if self.closed or self.running:
+            return
         self.running = True
         self.thread = get_ident()
         try:
@@ -205,11 +206,12 @@ cdef class Server:
                 if work & SC_WORK_NOTES:
                     for n in self.core.take():
                         self.note(n)
-                if self.draining and sc_server_inflight(self.s) == 0:
+                if self.draining and sc_server_idle(self.s):
                     self.idle.signal()
                 if work & SC_WORK_STOPPED:
                     break
         finally:
+            self.closed = True
             with nogil:
                 sc_server_close_all(self.s)
             self.running = False
@@ -222,8 +224,10 @@ cdef class Server:
         with nogil:
             sc_server_drain(self.s)
         if not self.running:
-            with nogil:
-                sc_server_close_all(self.s)
+            if not self.closed:
+                self.closed = True
+                with nogil:
+                    sc_server_close_all(self.s)
             return
         self.idle.wait(timeout)
         with nogil:

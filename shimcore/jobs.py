@@ -9,7 +9,7 @@ from __future__ import annotations
 from _queue import SimpleQueue
 from _thread import allocate_lock, start_new_thread
 
-from ._reaper import Core, Job, JobResult
+from ._reaper import NOTE_JOB, NOTE_POST, NOTE_TIMER, Core, JobResult
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class Op:
-    """Something a coroutine waits for; `begin` is called once with the task, which is resumed when it is done."""
+    """Something a coroutine waits for. `begin` is called once with the task: it returns True when there is nothing to wait for,
+    else it sees to it that the task is stepped when there is no more."""
 
     __slots__ = ()
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: Task) -> bool:
         raise NotImplementedError
 
     def __await__(self) -> Generator[Op, Any, Any]:
@@ -46,18 +47,21 @@ class Task:
 
     def step(self, value: Any = None, error: BaseException | None = None) -> None:
         """Resume the coroutine with a value, or by raising an error in it, and begin what it awaits next."""
-        try:
-            op = self._coro.send(value) if error is None else self._coro.throw(error)
-        except StopIteration as end:
-            self._end(end.value, None)
-            return
-        except BaseException as exc:  # SystemExit of a handler must not end the thread
-            self._end(None, exc)
-            return
-        try:
-            op.begin(self)
-        except BaseException as exc:
-            self.step(None, exc)
+        ready = True
+        while ready:
+            try:
+                op = self._coro.send(value) if error is None else self._coro.throw(error)
+            except StopIteration as end:
+                self._end(end.value, None)
+                return
+            except BaseException as exc:  # SystemExit of a handler must not end the thread
+                self._end(None, exc)
+                return
+            value = error = None
+            try:
+                ready = op.begin(self)
+            except BaseException as exc:
+                error = exc
 
     def _end(self, value: Any, error: BaseException | None) -> None:
         if self._done is not None:
@@ -71,31 +75,34 @@ class Task:
 class Pool:
     """A few threads for what may block, made when they are first needed; submit() never waits."""
 
-    __slots__ = ("_idle", "_lock", "_queue", "_size", "_started")
+    __slots__ = ("_lock", "_pending", "_queue", "_size", "_started")
 
     def __init__(self, size: int = 2) -> None:
         self._size = size
         self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._lock = allocate_lock()
-        self._idle = 0
+        self._pending = 0  # calls handed in and not ended
         self._started = 0
 
     def submit(self, call: Callable[[], object]) -> None:
         """Run a callable without arguments on a pool thread; it answers for its own errors."""
         with self._lock:
-            start = self._idle <= self._queue.qsize() and self._started < self._size
+            self._pending += 1
+            start = self._started < min(self._size, self._pending)
             self._started += start
         self._queue.put(call)
         if start:
-            start_new_thread(self._work, ())
+            try:
+                start_new_thread(self._work, ())
+            except RuntimeError:  # no thread to be had: those that there are do it
+                with self._lock:
+                    self._started -= 1
+                    if not self._started:
+                        raise
 
     def _work(self) -> None:
         while True:
-            with self._lock:
-                self._idle += 1
             call = self._queue.get()
-            with self._lock:
-                self._idle -= 1
             try:
                 call()
             except BaseException as exc:
@@ -103,6 +110,8 @@ class Pool:
 
                 logger.error("a pool job failed", error=repr(exc))
             del call
+            with self._lock:
+                self._pending -= 1
 
 
 class _RunJob(Op):
@@ -112,13 +121,23 @@ class _RunJob(Op):
         self._args = args
         self._kwargs = kwargs
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: Task) -> bool:
         task.core.job(*self._args, cookie=task, **self._kwargs)
+        return False
 
 
-def job_done(job: Job) -> None:
-    """Resume the coroutine that awaits this job (the consumer of NOTE_JOB calls it)."""
-    job.cookie.step(job.result())
+def resume(note: tuple[Any, ...]) -> bool:
+    """Take a note of the core that resumes a coroutine or runs a posted callable; False: it is another kind of note."""
+    kind = note[0]
+    if kind == NOTE_JOB:
+        note[1].cookie.step(note[1].result())
+    elif kind == NOTE_TIMER:
+        note[1].step()
+    elif kind == NOTE_POST:
+        note[1]()
+    else:
+        return False
+    return True
 
 
 class _Sleep(Op):
@@ -127,8 +146,9 @@ class _Sleep(Op):
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: Task) -> bool:
         task.core.timer(self._seconds, task)
+        return False
 
 
 class _InPool(Op):
@@ -137,7 +157,7 @@ class _InPool(Op):
     def __init__(self, call: tuple[Any, tuple[Any, ...]]) -> None:
         self._call = call
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: Task) -> bool:
         fn, args = self._call
 
         def work() -> None:
@@ -150,6 +170,7 @@ class _InPool(Op):
                 task.core.post(lambda: task.step(value))
 
         task.core.pool.submit(work)
+        return False
 
 
 async def run_job(
@@ -186,11 +207,10 @@ class Event(Op):
         self._set = False
         self._waiting: list[Task] = []
 
-    def begin(self, task: Task) -> None:
-        if self._set:
-            task.step()
-        else:
+    def begin(self, task: Task) -> bool:
+        if not self._set:
             self._waiting.append(task)
+        return self._set
 
     def is_set(self) -> bool:
         return self._set
@@ -208,13 +228,13 @@ class _Acquire(Op):
     def __init__(self, lock: Lock) -> None:
         self._lock = lock
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: Task) -> bool:
         lock = self._lock
-        if not lock.locked:
-            lock.locked = True
-            task.step()
-        else:
+        if lock.locked:
             lock.waiting.append(task)
+            return False
+        lock.locked = True
+        return True
 
 
 class Lock:

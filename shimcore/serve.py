@@ -142,6 +142,7 @@ def _send_left(core: _reaper.Core, invocation: Invocation) -> None:
 def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation) -> bytes:
     """Make the shim and let it clean up, children being reaped meanwhile; DeleteResponse, serialized."""
     from .bootstrap import encode_delete
+    from .jobs import resume
 
     core = new_core(invocation.flags.namespace, invocation.ttrpc_address)
     core.tell_pids = True
@@ -151,14 +152,11 @@ def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocat
         handle = _note(core, None, core.stop)
         while True:
             for note in core.notes():
-                if note[0] == _reaper.NOTE_POST:
-                    note[1]()
-                elif note[0] == _reaper.NOTE_JOB:
-                    note[1].cookie.step(note[1].result())
-                elif note[0] == _reaper.NOTE_TIMER:
-                    note[1].step()
-                else:
-                    handle(note)
+                try:
+                    if not resume(note):
+                        handle(note)
+                except BaseException as error:
+                    logger.error("a note's handler failed", note=str(note), error=repr(error))
 
     def work() -> bytes:
         shim = cls(runtime_id, invocation.flags, config)

@@ -17,8 +17,7 @@ import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from shimcore.errors import ShimError
-from shimcore.rig import Event, FakeRuntime, Rig, Task
-from shimcore.rig.bundle import process
+from shimcore.rig import UP, Event, FakeRuntime, Rig, Task
 from shimcore.ttrpc import Client
 
 REPO = Path(__file__).resolve().parent.parent
@@ -105,6 +104,7 @@ class Box:
         (self.bundle / "config.json").write_text(json.dumps(spec))
 
     def process(self, args: Sequence[str]) -> dict[str, Any]:
+        """A Process of the runtime spec."""
         return {"args": list(args), "env": ["PATH=/usr/bin:/bin"], "cwd": str(self.bundle)}
 
     def create(self) -> int:
@@ -151,11 +151,13 @@ class Box:
 class Lab:
     """rig, runtime (fake), events (fake containerd), session (whose shim it is; nothing is created in it), client."""
 
-    def __init__(self, shim: Path, root: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(self, shim: Path, root: Path, env: dict[str, str] | None = None, *, debug: bool = False) -> None:
         self.runtime = FakeRuntime(root)
         self.boxes: list[Box] = []
         environment = {**self.runtime.environment, **(env or {})}
-        self.rig = Rig(shim, runtime=str(self.runtime.binary), rootfs=Path("/"), env=environment, strict=False)
+        self.rig = Rig(
+            shim, runtime=str(self.runtime.binary), rootfs=Path("/"), env=environment, debug=debug, strict=False
+        )  # fmt: skip
         try:
             self.events = self.rig.events
             self.session = self.rig.container(["@sleep"], id="lab")
@@ -182,6 +184,13 @@ class Lab:
         """One more connection to the shim; the caller closes it."""
         return Client(self.session.started.address, namespace=self.rig.namespace)
 
+    def reconnect(self) -> None:
+        """As a containerd that has come back: all that hung on the old connection gets a new one."""
+        self.client.close()
+        self.client = self.session.client = self.session.task.client = self.connect()
+        for box in self.boxes:
+            box.task.client = self.client
+
     def call(self, name: str, *, inline: bool = False, timeout: float = 200.0, **arguments: Any) -> Any:
         """A function of labshim, in the daemon: on its pool, or inline."""
         request = BytesValue(value=json.dumps([name, arguments]).encode())
@@ -194,29 +203,44 @@ class Lab:
     def process(self) -> dict[str, Any]:
         return self.call("process", inline=True)
 
+    def sweep(self) -> None:
+        """Kill what a runtime that failed half-way has left: with a pid namespace it would die with init."""
+        for pid in self.rig.leaks.processes():
+            if pid != self.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+
     def settled(self) -> None:
         """Until containerd has every event."""
         until(lambda: (s := self.stats())["queued"] == s["in_flight"] == 0)
 
-    def close(self) -> None:
+    def close(self) -> list[str]:
+        """What was left behind when all containers had been ended."""
         self.runtime.close()
         if hasattr(self, "session"):
             for box in self.boxes:
                 box.end()
-        self.rig.close()
+        return self.rig.close()
 
 
 @pytest.fixture(scope="session")
 def lab_shim(session_root: Path) -> Path:
     """The executable of labshim.LabShim."""
     directory = session_root / "lab"
-    where = str(Path(__file__).resolve().parent / "trials")
-    subprocess.run(
-        [sys.executable, "-m", "shimcore.install", "--dest", str(directory), "--runtime-id", "io.containerd.lab.v1", "labshim:LabShim"],
-        check=True, cwd=REPO, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join((where, str(REPO)))},
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    where = os.pathsep.join((str(REPO / "tests" / "trials"), str(REPO)))
+    command = [sys.executable, "-m", "shimcore.install", "--dest", str(directory)]
+    command += ["--runtime-id", "io.containerd.lab.v1", "labshim:LabShim"]
+    env = {**os.environ, "PYTHONPATH": where}
+    subprocess.run(command, check=True, cwd=REPO, timeout=120, env=env, stdout=subprocess.DEVNULL)
     return directory / "containerd-shim-lab-v1"
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """A file that may be made on tmpfs, where alone a shim that lives spills to."""
+    path = Path(f"/dev/shm/sct-{os.urandom(4).hex()}")
+    yield path
+    path.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -224,28 +248,29 @@ def new_lab(lab_shim: Path, session_root: Path) -> Iterator[Callable[..., Lab]]:
     """Makes labs; for trials that break one, or need it in another environment."""
     made: list[Lab] = []
 
-    def make(**env: str) -> Lab:
-        made.append(Lab(lab_shim, session_root / f"f{os.urandom(3).hex()}", env))
+    def make(*, debug: bool = False, **env: str) -> Lab:
+        made.append(Lab(lab_shim, session_root / f"f{os.urandom(3).hex()}", env, debug=debug))
         return made[-1]
 
     yield make
-    for lab in made:
-        lab.close()
+    left = [line for lab in made for line in lab.close()]
+    assert not left, "\n".join(left)
 
 
 @pytest.fixture(scope="module")
 def shared_lab(lab_shim: Path, session_root: Path) -> Iterator[Lab]:
     lab = Lab(lab_shim, session_root / f"f{os.urandom(3).hex()}")
     yield lab
-    lab.close()
+    left = lab.close()
+    assert not left, "\n".join(left)
 
 
 @pytest.fixture
 def lab(shared_lab: Lab) -> Iterator[Lab]:
     """One daemon for a module's trials: each has its own containers, and ends them."""
-    shared_lab.events.set_mode("up")
     yield shared_lab
-    shared_lab.events.set_mode("up")
+    if shared_lab.events.mode != UP:
+        shared_lab.events.restart()  # what a mute one was told would be answered by nobody
     for box in shared_lab.boxes:
         box.end()
     shared_lab.boxes.clear()

@@ -3,8 +3,8 @@
  *   driver SOCKET STAMPS
  *
  * Commands on stdin, answers on stdout:
- *   chain FIRST COUNT FILE ADDRESS SERVICE ID   one death after the other, see chain()
- *   burst FIRST COUNT FILE ASLEEP               all at once; ASLEEP 1: nothing is read before all are dead
+ *   chain FIRST COUNT FILE PAUSE ADDRESS SERVICE ID   one death after the other, see chain(); PAUSE: ms between two
+ *   burst FIRST COUNT FILE ASLEEP                     all at once; ASLEEP 1: nothing is read before all are dead
  * Each writes a line "slot death read exited_at" for each process to FILE, in ns of CLOCK_MONOTONIC, and then answers "ok", or
  * "lost N". A frame's stamp is taken right after the read that completes it; every Forward is answered at once. */
 #define _GNU_SOURCE
@@ -179,7 +179,7 @@ static void report(const char *file, size_t first, size_t count)
 
 /* The next process may die when the exit of the one before has been acknowledged and two more calls have been answered: by then
  * the shim is done with what it does after telling, and no clock had to be waited for. */
-static void chain(size_t first, size_t count, const char *file, const char *address, const char *service, const char *id)
+static void chain(size_t first, size_t count, const char *file, int pause, const char *address, const char *service, const char *id)
 {
     int fd = unix_socket(address, 0);
     uint8_t payload[256], *end = sc_write_bytes(payload, 1, id, strlen(id));
@@ -197,6 +197,8 @@ static void chain(size_t first, size_t count, const char *file, const char *addr
             ;
         for (int k = 0; k < 2; k++, stream += 2)
             ask_state(fd, &request, stream);
+        for (int64_t until = now_ns(CLOCK_MONOTONIC) + pause * 1000000LL, left; (left = until - now_ns(CLOCK_MONOTONIC)) > 0;)
+            pump((int)(left / 1000000) + 1);
     }
     sc_buf_free(&request);
     close(fd);
@@ -222,9 +224,10 @@ static void command(char *line)
 {
     char file[256], address[256], service[128], id[128];
     size_t first, count;
-    int asleep;
-    if (sscanf(line, "chain %zu %zu %255s %255s %127s %127s", &first, &count, file, address, service, id) == 6)
-        chain(first, count, file, address, service, id);
+    int asleep, pause;
+    real_ahead = now_ns(CLOCK_REALTIME) - now_ns(CLOCK_MONOTONIC); /* anew each time: only the former is ever set */
+    if (sscanf(line, "chain %zu %zu %255s %d %255s %127s %127s", &first, &count, file, &pause, address, service, id) == 7)
+        chain(first, count, file, pause, address, service, id);
     else if (sscanf(line, "burst %zu %zu %255s %d", &first, &count, file, &asleep) == 4)
         burst(first, count, file, asleep);
     else
@@ -239,7 +242,6 @@ int main(int argc, char **argv)
     all = map_stamps(argv[2], &slots);
     read_at = calloc(slots, sizeof *read_at);
     exited_at = calloc(slots, sizeof *exited_at);
-    real_ahead = now_ns(CLOCK_REALTIME) - now_ns(CLOCK_MONOTONIC);
     for (int i = 0; i < CONNS; i++)
         conns[i].fd = -1;
     ep = epoll_create1(EPOLL_CLOEXEC);

@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -16,14 +17,16 @@ struct listed {
     size_t n, cap;
 };
 
-static void list(int dir, const char *file, struct listed *l)
+/* False: could not look, for want of fds or memory. */
+static bool list(int dir, const char *file, struct listed *l)
 {
     int fd = openat(dir, file, O_RDONLY | O_CLOEXEC), pid;
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "r");
+    if (fd < 0)
+        return errno != EMFILE && errno != ENFILE && errno != ENOMEM;
+    FILE *f = fdopen(fd, "r");
     if (!f) {
-        if (fd >= 0)
-            close(fd);
-        return;
+        close(fd);
+        return false;
     }
     while (fscanf(f, "%d", &pid) == 1) {
         if (l->n == l->cap) {
@@ -37,6 +40,7 @@ static void list(int dir, const char *file, struct listed *l)
         l->pids[l->n++] = pid;
     }
     fclose(f);
+    return true;
 }
 
 static bool has(const struct listed *l, int pid)
@@ -54,7 +58,8 @@ static int signal_listed(int dir, const char *file, int sig)
 {
     struct listed first = {0};
     int n = 0;
-    list(dir, file, &first);
+    if (!list(dir, file, &first))
+        return -1;
     for (size_t at = 0; at < first.n; at += AT_ONCE) {
         int fds[AT_ONCE];
         size_t some = first.n - at < AT_ONCE ? first.n - at : AT_ONCE;
@@ -63,6 +68,11 @@ static int signal_listed(int dir, const char *file, int sig)
         struct listed again = {0};
         list(dir, file, &again);
         for (size_t i = 0; i < some; i++) {
+            if (fds[i] == -EMFILE || fds[i] == -ENFILE) { /* by number then: better than not at all */
+                if (has(&again, first.pids[at + i]))
+                    n += kill(first.pids[at + i], sig) == 0;
+                continue;
+            }
             if (fds[i] < 0)
                 continue;
             if (has(&again, first.pids[at + i]))
@@ -77,7 +87,7 @@ static int signal_listed(int dir, const char *file, int sig)
 
 static int signal_tree(int dir, const char *file, int sig, int depth)
 {
-    int n = signal_listed(dir, file, sig);
+    int n = signal_listed(dir, file, sig), below;
     int again = depth < DEPTH_MAX ? openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
     DIR *d = again >= 0 ? fdopendir(again) : NULL;
     if (!d) {
@@ -92,7 +102,8 @@ static int signal_tree(int dir, const char *file, int sig, int depth)
         int sub = openat(dir, e->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
         if (sub < 0)
             continue;
-        n += signal_tree(sub, file, sig, depth + 1);
+        below = signal_tree(sub, file, sig, depth + 1);
+        n = n < 0 || below < 0 ? -1 : n + below;
         close(sub);
     }
     closedir(d);
@@ -109,7 +120,16 @@ int sc_cgroup_signal(const char *procs, int sig)
     folder[slash - procs] = 0;
     int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (dir < 0)
-        return 0;
+        return errno == EMFILE || errno == ENFILE || errno == ENOMEM ? -1 : 0;
+    int all = sig == SIGKILL ? openat(dir, "cgroup.kill", O_WRONLY | O_CLOEXEC) : -1;
+    if (all >= 0) { /* cgroup v2 since Linux 5.14: nobody escapes by forking */
+        bool done = write(all, "1", 1) == 1;
+        close(all);
+        if (done) {
+            close(dir);
+            return 0;
+        }
+    }
     int n = signal_tree(dir, slash + 1, sig, 0);
     close(dir);
     return n;

@@ -2,7 +2,11 @@
  *
  * Ours are waited for by pidfd. Anything else that dies is either an orphan, which the kernel gives to the thread-group leader
  * (find_new_reaper takes the subreaper's first live thread), or a child of another thread of this process, made by an
- * author's subprocess. So the leader sweeps with __WNOTHREAD, and never sees the latter. */
+ * author's subprocess. So the leader sweeps with __WNOTHREAD, and does not see the latter.
+ *
+ * But when the thread that made such a child has ended, its child is the leader's too. It is told by its process group, which is
+ * ours unless its author chose another: orphans of containers and of runtime calls are in groups of their own. A zombie of our
+ * group is left to its author for a minute. */
 #define _GNU_SOURCE
 #include "exits.h"
 
@@ -13,6 +17,8 @@
 #include <unistd.h>
 
 enum { EARLY_AT_ONCE = 1000 };          /* this many zombies waiting, or */
+#define LEFT_NS 60000000000LL           /* how long an author has to wait for a child of his */
+#define LOOK_NS 250000000LL             /* how often the unarmed are looked at where no SIGCHLD says when */
 #define EARLY_AFTER_NS 10000000000LL    /* this long an open slot: unknown zombies go to the early table */
 
 static sc_child **bucket(sc_core *c, pid_t pid)
@@ -68,6 +74,12 @@ static void stolen(sc_core *c, sc_child *k)
     dead(c, k, &st, sc_now_mono(), sc_now_real());
 }
 
+static void look_again(sc_core *c)
+{
+    if (!c->has_sigchld && !c->look_timer.at)
+        sc_timer_set(c, &c->look_timer, sc_now_mono() + LOOK_NS);
+}
+
 static void look(sc_core *c, sc_child *k)
 {
     sc_exit_status st;
@@ -76,9 +88,8 @@ static void look(sc_core *c, sc_child *k)
         dead(c, k, &st, sc_now_mono(), sc_now_real());
         return;
     }
-    if (r != -ECHILD)
-        return;
-    bool gone = k->pidfd >= 0 ? sc_pidfd_send_signal(k->pidfd, 0) == -ESRCH : kill(k->pid, 0) < 0 && errno == ESRCH;
+    /* 0 with a readable pidfd: a tracer has it and has not let go; then, too, a SIGCHLD comes when it does. */
+    bool gone = r == -ECHILD && (k->pidfd >= 0 ? sc_pidfd_send_signal(k->pidfd, 0) == -ESRCH : kill(k->pid, 0) < 0 && errno == ESRCH);
     if (gone) {
         stolen(c, k);
     } else if (k->pidfd >= 0 && !k->disarmed) {
@@ -86,6 +97,7 @@ static void look(sc_core *c, sc_child *k)
         epoll_ctl(c->epfd, EPOLL_CTL_DEL, k->pidfd, NULL);
         k->disarmed = true;
         c->disarmed++;
+        look_again(c);
     }
 }
 
@@ -114,6 +126,7 @@ int sc_child_add(sc_core *c, sc_child *k, pid_t pid, int pidfd)
         c->by_number++;
         c->stats.by_number++;
         sc_sweep_soon(c); /* it may be dead already, its SIGCHLD long gone */
+        look_again(c);
     }
     return 0;
 }
@@ -135,6 +148,15 @@ static void look_at_the_unarmed(sc_core *c)
                 look(c, k);
         }
     }
+    if (c->disarmed || c->by_number)
+        look_again(c);
+}
+
+static void stranger(sc_core *c, const sc_exit_status *st, int64_t real)
+{
+    c->stats.orphans++;
+    if (c->tell_pids)
+        sc_post(c, SC_NOTE_PID, NULL, st->pid, st->status, real);
 }
 
 static bool early_put(sc_core *c, const sc_exit_status *st)
@@ -151,20 +173,68 @@ static bool early_put(sc_core *c, const sc_exit_status *st)
     return true;
 }
 
+/* Who died before the oldest open slot was opened belongs to none of them. 0: nobody does. */
+static void early_drop(sc_core *c, int64_t before)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < c->early_len; i++) {
+        if (before && c->early[i].mono >= before)
+            c->early[kept++] = c->early[i];
+        else
+            stranger(c, &c->early[i].st, c->early[i].real);
+    }
+    c->early_len = kept;
+}
+
+/* The latest of that pid. */
 bool sc_early_take(sc_core *c, pid_t pid, sc_early *out)
 {
     for (size_t i = c->early_len; i-- > 0;) {
         if (c->early[i].pid == pid) {
             *out = c->early[i];
-            c->early[i] = c->early[--c->early_len];
+            memmove(&c->early[i], &c->early[i + 1], (--c->early_len - i) * sizeof *c->early);
             return true;
         }
     }
     return false;
 }
 
-/* How many zombies wait for this thread; stops counting at `enough`. */
-static int zombies_waiting(int enough)
+static int64_t oldest_open(sc_core *c)
+{
+    int64_t oldest = INT64_MAX;
+    for (size_t i = 0; i < c->slot_cap; i++)
+        for (sc_slot *s = c->slots[i]; s; s = s->hash_next)
+            if (s->phase == SC_OPENED && s->opened_mono < oldest)
+                oldest = s->opened_mono;
+    return oldest;
+}
+
+/* The leader's own children, dead or alive: calls back with each pid. */
+static void each_child(sc_core *c, void (*call)(sc_core *, pid_t))
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
+    FILE *f = fopen(path, "re");
+    int pid, *pids = NULL;
+    size_t n = 0, cap = 0;
+    while (f && fscanf(f, "%d", &pid) == 1) { /* all of them first: reaping changes the list */
+        if (n == cap) {
+            int *p = realloc(pids, (cap = cap ? 2 * cap : 64) * sizeof *p);
+            if (!p)
+                break;
+            pids = p;
+        }
+        pids[n++] = pid;
+    }
+    if (f)
+        fclose(f);
+    for (size_t i = 0; i < n; i++)
+        call(c, pids[i]);
+    free(pids);
+}
+
+/* Children of this thread, dead or alive, for the decision whether zombies may be left to wait; stops counting at `enough`. */
+static int children_waiting(int enough)
 {
     char path[64], buf[4096];
     snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
@@ -179,6 +249,64 @@ static int zombies_waiting(int enough)
     return n;
 }
 
+static void reaped(sc_core *c, const sc_exit_status *st)
+{
+    sc_child *k = find(c, st->pid);
+    if (k)
+        dead(c, k, st, sc_now_mono(), sc_now_real());
+    else if (!c->open_unbound || !early_put(c, st))
+        stranger(c, st, sc_now_real());
+}
+
+static bool maybe_an_authors(pid_t pid)
+{
+    return getpgid(pid) == getpgrp();
+}
+
+/* Whether this zombie of our process group has been left long enough. */
+static bool left_enough(sc_core *c, pid_t pid, int64_t now)
+{
+    for (size_t i = 0; i < c->left_len; i++) {
+        if (c->left[i].pid != pid)
+            continue;
+        if (now - c->left[i].seen < LEFT_NS)
+            return false;
+        c->left[i] = c->left[--c->left_len];
+        return true;
+    }
+    if (c->left_len == c->left_cap) {
+        size_t cap = c->left_cap ? 2 * c->left_cap : 16;
+        sc_left *l = realloc(c->left, cap * sizeof *l);
+        if (!l)
+            return false;
+        c->left = l;
+        c->left_cap = cap;
+    }
+    c->left[c->left_len++] = (sc_left){pid, now};
+    return false;
+}
+
+static void sweep_one(sc_core *c, pid_t pid)
+{
+    sc_exit_status st;
+    if (find(c, pid) || sc_peek_pid(pid) != 1 || (maybe_an_authors(pid) && !left_enough(c, pid, sc_now_mono())))
+        return;
+    if (sc_reap_pid(pid, &st) == 1)
+        reaped(c, &st);
+}
+
+/* Forget those whose authors have waited for them since. */
+static void trim_left(sc_core *c)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < c->left_len; i++)
+        if (sc_peek_pid(c->left[i].pid) == 1)
+            c->left[kept++] = c->left[i];
+    c->left_len = kept;
+    if (kept)
+        sc_timer_set(c, &c->sweep_timer, c->left[0].seen + LEFT_NS);
+}
+
 void sc_sweep(sc_core *c)
 {
     look_at_the_unarmed(c);
@@ -186,27 +314,29 @@ void sc_sweep(sc_core *c)
         return;
     int64_t now = sc_now_mono();
     if (c->open_unbound) {
+        if (now >= c->oldest_open + EARLY_AFTER_NS)
+            c->oldest_open = oldest_open(c);
+        early_drop(c, c->oldest_open);
         int64_t due = c->oldest_open + EARLY_AFTER_NS;
-        if (now < due && zombies_waiting(EARLY_AT_ONCE) < EARLY_AT_ONCE) {
+        if (now < due && children_waiting(EARLY_AT_ONCE) < EARLY_AT_ONCE) {
             sc_timer_set(c, &c->sweep_timer, due);
             return; /* a zombie keeps its pid; bind will find it */
         }
     } else {
-        c->early_len = 0;
+        early_drop(c, 0);
         sc_timer_clear(c, &c->sweep_timer);
     }
     sc_exit_status st;
-    while (sc_reap_orphan(&st) == 1) {
-        sc_child *k = find(c, st.pid);
-        if (k) {
-            dead(c, k, &st, sc_now_mono(), sc_now_real());
-        } else if (c->open_unbound && early_put(c, &st)) {
-            continue;
-        } else {
-            c->stats.orphans++;
-            if (c->tell_pids)
-                sc_post(c, SC_NOTE_PID, NULL, st.pid, st.status, sc_now_real());
+    pid_t pid;
+    while ((pid = sc_peek_orphan()) > 0) {
+        if (!find(c, pid) && maybe_an_authors(pid)) {
+            each_child(c, sweep_one); /* waitid would show this one for ever, and what stands behind it never */
+            trim_left(c);
+            break;
         }
+        if (sc_reap_pid(pid, &st) != 1)
+            break;
+        reaped(c, &st);
     }
 }
 

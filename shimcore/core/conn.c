@@ -18,6 +18,7 @@ void sc_conn_unref(sc_conn *c)
     sc_buf_free(&c->in);
     sc_buf_free(&c->out);
     pthread_mutex_destroy(&c->lock);
+    sc_server_unref(c->srv);
     free(c);
 }
 
@@ -204,10 +205,19 @@ void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message
     if (k->next)
         k->next->prev = k->prev;
     k->next = k->prev = NULL;
-    unsigned left = --c->inflight;
-    bool over = c->eof && !left;
+    sc_call **p = &c->streams[k->stream / 2 % (sizeof c->streams / sizeof *c->streams)];
+    while (*p && *p != k)
+        p = &(*p)->next_stream;
+    if (*p)
+        *p = k->next_stream;
+    bool parked = k->parked;
+    if (parked)
+        c->parked--;
+    else
+        c->inflight--;
+    bool over = c->eof && !c->inflight && !c->parked;
     pthread_mutex_unlock(&c->lock);
-    bool last = atomic_fetch_sub(&c->srv->inflight, 1) == 1 && atomic_load(&c->srv->draining);
+    bool last = !parked && atomic_fetch_sub(&c->srv->inflight, 1) == 1 && atomic_load(&c->srv->draining);
     if (over || last)
         sc_server_wake(c->srv); /* the last answer ends a half-closed connection, or a server that is being shut down */
     sc_call_unref(k); /* the list's */

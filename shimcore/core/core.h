@@ -62,6 +62,8 @@ typedef struct sc_waiter {
     struct sc_waiter *next, *prev;
     sc_slot *slot; /* NULL once it has been taken out to be answered */
     sc_exit exit;
+    sc_timer timer;
+    bool late; /* the deadline came first */
     void (*fire)(struct sc_waiter *); /* without the lock, on the thread that told the exit */
 } sc_waiter;
 
@@ -90,6 +92,8 @@ struct sc_slot {
     char *kill_procs;         /* init without a private pid namespace: cgroup.procs of what to kill at its exit */
     int64_t bound_ns;         /* how long init waits for its execs */
     int kill_tries;
+    bool kill_queued;
+    sc_slot *kill_next;
     struct sc_ledger *ledger; /* init: where its exits, and its execs', are recorded */
     int record;
     int64_t recorded_mono;
@@ -126,7 +130,7 @@ struct sc_event {
     uint64_t key_id, key_exec; /* key_exec 0: concerns the whole container */
     uint64_t stamp;            /* 1 + number of its stamp, 0 none */
     uint32_t stream;
-    unsigned tries;
+    int64_t refused_since; /* ns of CLOCK_MONOTONIC, 0: not refused yet */
     bool vital; /* an exit or a deletion */
     size_t len;
     uint8_t body[]; /* the ttrpc Request, without its header */
@@ -168,6 +172,11 @@ typedef struct {
     int64_t mono, real;
 } sc_early;
 
+typedef struct {
+    pid_t pid;
+    int64_t seen; /* ns of CLOCK_MONOTONIC */
+} sc_left;
+
 struct sc_core {
     pthread_mutex_t lock;
     pthread_cond_t drained;
@@ -175,7 +184,8 @@ struct sc_core {
     sc_source wake_src, sig_src;
     atomic_bool stop;
     bool reap_orphans, tell_pids, need_sweep;
-    bool has_signals, running;
+    bool has_signals, has_sigchld;
+    atomic_bool running;
     pthread_t runner;       /* the exit thread, while running */
     char *ns;               /* containerd's namespace */
     sc_child *pids[4096];
@@ -188,7 +198,10 @@ struct sc_core {
     size_t early_len, early_cap;
     sc_timer **heap;
     size_t heap_len, heap_cap;
-    sc_timer sweep_timer;
+    sc_timer sweep_timer, look_timer;
+    sc_left *left;          /* zombies that may be an author's children */
+    size_t left_len, left_cap;
+    sc_slot *killing;       /* their cgroups are to be killed; referenced */
     sc_waiter *firing;      /* taken out under the lock, answered after it */
     sc_job *graveyard;
     struct sc_oom *oom_grave;
@@ -208,6 +221,7 @@ void sc_core_free(sc_core *);
 int sc_core_signals(sc_core *, bool sigchld); /* handlers for this process; -EBUSY: another core has them */
 int sc_core_run(sc_core *);
 void sc_core_stop(sc_core *);
+bool sc_on_exit_thread(sc_core *);
 void sc_core_wake(sc_core *); /* no-op on the exit thread: it looks before it sleeps */
 int sc_core_drain(sc_core *, int64_t timeout_ns); /* 1: the outbox is empty */
 void sc_lock(sc_core *);

@@ -214,18 +214,36 @@ int sc_slot_open(sc_slot *s)
 
 /* ---- telling ---- */
 
+static void unpark(sc_core *c, sc_waiter *w)
+{
+    if (w->prev)
+        w->prev->next = w->next;
+    else
+        w->slot->waiters = w->next;
+    if (w->next)
+        w->next->prev = w->prev;
+    w->slot = NULL;
+    sc_timer_clear(c, &w->timer);
+}
+
 static void answer_waits(sc_slot *s)
 {
     while (s->waiters) {
         sc_waiter *w = s->waiters;
-        s->waiters = w->next;
-        if (w->next)
-            w->next->prev = NULL;
-        w->slot = NULL;
+        unpark(s->core, w);
         w->exit = s->exit;
         w->next = s->core->firing;
         s->core->firing = w;
     }
+}
+
+static void wait_late(sc_core *c, sc_timer *t)
+{
+    sc_waiter *w = (sc_waiter *)((char *)t - offsetof(sc_waiter, timer));
+    unpark(c, w);
+    w->late = true;
+    w->next = c->firing;
+    c->firing = w;
 }
 
 static uint8_t *put_exit(uint8_t *p, const sc_slot *s)
@@ -256,7 +274,6 @@ static uint64_t stamp(sc_core *c, const sc_slot *s)
 void sc_slot_timers_clear(sc_core *c, sc_slot *s)
 {
     sc_timer_clear(c, &s->bound);
-    sc_timer_clear(c, &s->kill_again);
     sc_timer_clear(c, &s->record_late);
     sc_timer_clear(c, &s->teardown);
 }
@@ -299,8 +316,10 @@ static void tell(sc_slot *s)
     if (s == init)
         bury_oom(c, s);
     sc_outbox_push(c, e);
-    if (c->running && pthread_equal(c->runner, pthread_self()))
+    if (sc_on_exit_thread(c))
         sc_outbox_pump(c);
+    else
+        sc_core_wake(c);
     answer_waits(s);
     sc_slot_ref(s);
     sc_post(c, SC_NOTE_TOLD, s, 0, 0, 0);
@@ -378,10 +397,39 @@ int sc_slot_set_ledger(sc_slot *s, struct sc_ledger *l)
     return 0;
 }
 
+/* cgroup files are read and written without the lock: the loop calls sc_kill_queued after it has let go. */
 static void kill_rest(sc_core *c, sc_slot *s)
 {
-    if (sc_cgroup_signal(s->kill_procs, SIGKILL) > 0 && ++s->kill_tries < KILL_AGAIN_MAX)
-        sc_timer_set(c, &s->kill_again, sc_now_mono() + KILL_AGAIN_NS); /* who was forking escaped this round */
+    if (s->kill_queued)
+        return;
+    s->kill_queued = true;
+    sc_slot_ref(s);
+    s->kill_next = c->killing;
+    c->killing = s;
+    sc_core_wake(c);
+}
+
+void sc_kill_queued(sc_core *c)
+{
+    sc_lock(c);
+    sc_slot *s = c->killing;
+    c->killing = NULL;
+    sc_unlock(c);
+    while (s) {
+        sc_lock(c);
+        sc_slot *next = s->kill_next;
+        char *procs = s->kill_procs ? strdup(s->kill_procs) : NULL;
+        s->kill_queued = false;
+        sc_unlock(c);
+        int n = procs ? sc_cgroup_signal(procs, SIGKILL) : 0;
+        free(procs);
+        sc_lock(c);
+        if (n && s->in_table && ++s->kill_tries < KILL_AGAIN_MAX)
+            sc_timer_set(c, &s->kill_again, sc_now_mono() + KILL_AGAIN_NS); /* who was forking escaped this round */
+        sc_unlock(c);
+        sc_slot_unref(s);
+        s = next;
+    }
 }
 
 static void kill_again_fire(sc_core *c, sc_timer *t)
@@ -418,7 +466,9 @@ static void slot_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t
 int sc_slot_bind(sc_slot *s, pid_t pid)
 {
     sc_core *c = s->core;
-    int fd = sc_pidfd_open(pid);
+    int fd = pid > 0 ? sc_pidfd_open(pid) : -EINVAL;
+    if (fd < 0 && fd != -ESRCH && fd != -EMFILE && fd != -ENFILE && fd != -ENOMEM)
+        return fd;
     sc_lock(c);
     if (s->phase != SC_OPENED) {
         sc_unlock(c);
@@ -521,6 +571,8 @@ int sc_slot_drop(sc_slot *s)
             if (s->init) {
                 s->init->busy--;
                 sc_tell_if_due(s->init);
+                if (!s->init->in_table)
+                    take_out(c, s);
             }
         }
     }
@@ -539,6 +591,7 @@ static void take_out(sc_core *c, sc_slot *s)
     s->in_table = false;
     c->slot_count--;
     sc_slot_timers_clear(c, s);
+    sc_timer_clear(c, &s->kill_again);
     bury_oom(c, s);
     if (!s->execs) { /* its fd goes now, not with Python's last reference */
         sc_ledger_unref(s->ledger);
@@ -606,7 +659,7 @@ int sc_slot_kill(sc_slot *s, int sig)
 
 /* ---- what containerd asks ---- */
 
-int sc_slot_wait(sc_core *c, const char *id, const char *exec_id, sc_waiter *w)
+int sc_slot_wait(sc_core *c, const char *id, const char *exec_id, sc_waiter *w, int64_t deadline)
 {
     sc_lock(c);
     sc_slot *s = find(c, id, exec_id);
@@ -622,6 +675,10 @@ int sc_slot_wait(sc_core *c, const char *id, const char *exec_id, sc_waiter *w)
         if (w->next)
             w->next->prev = w;
         s->waiters = w;
+        w->late = false;
+        w->timer.fire = wait_late;
+        if (deadline)
+            sc_timer_set(c, &w->timer, deadline);
         r = 0;
     }
     sc_unlock(c);
@@ -632,15 +689,8 @@ bool sc_waiter_cancel(sc_core *c, sc_waiter *w)
 {
     sc_lock(c);
     bool ours = w->slot != NULL;
-    if (ours) {
-        if (w->prev)
-            w->prev->next = w->next;
-        else
-            w->slot->waiters = w->next;
-        if (w->next)
-            w->next->prev = w->prev;
-        w->slot = NULL;
-    }
+    if (ours)
+        unpark(c, w);
     sc_unlock(c);
     return ours;
 }

@@ -49,8 +49,9 @@ int sc_slot_drop(sc_slot *);
 int sc_slot_forget(sc_slot *);         /* -EBUSY: not told yet */
 int sc_slot_kill(sc_slot *, int sig);  /* -ESRCH: exited; -EINVAL: no process yet */
 
-/* 1: it has been told, *exit is filled; 0: parked, fire will be called; -ENOENT. */
-int sc_slot_wait(sc_core *, const char *id, const char *exec_id, sc_waiter *);
+/* 1: it has been told, w->exit is filled; 0: parked, fire will be called; -ENOENT. deadline: ns of CLOCK_MONOTONIC after which
+ * it fires with `late` set, 0: none. */
+int sc_slot_wait(sc_core *, const char *id, const char *exec_id, sc_waiter *, int64_t deadline);
 bool sc_waiter_cancel(sc_core *, sc_waiter *); /* true: taken out, fire will not be called */
 /* StateResponse, serialized, appended to out. */
 int sc_slot_state(sc_core *, const char *id, const char *exec_id, sc_buf *out);
@@ -62,7 +63,9 @@ typedef struct {
 } sc_slot_info;
 void sc_slot_info_get(sc_slot *, sc_slot_info *);
 
-/* SIGKILL (or another signal) through a pidfd to every process listed in a cgroup.procs file and those below its folder.
- * Returns how many were signalled. */
+/* The exit thread, without the lock: kill what is left of containers whose init has exited. */
+void sc_kill_queued(sc_core *);
+/* A signal to every process listed in a cgroup.procs file and those below its folder: by cgroup.kill for SIGKILL where the kernel
+ * has it, else each through a pidfd. Returns how many were signalled, where more may have come to be since; -1: could not look. */
 int sc_cgroup_signal(const char *procs, int sig);
 #endif

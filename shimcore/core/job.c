@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #define GIVE_UP_NS 1000000000LL /* after the SIGKILL: a call in uninterruptible sleep is left to itself */
@@ -34,11 +35,12 @@ static void stop_reading(sc_core *c, sc_job *j)
     j->out_fd = -1;
 }
 
-static void read_output(sc_core *c, sc_job *j)
+/* At most `most` bytes: who writes faster than we read would keep this thread, and the lock, as long as it liked. */
+static void read_output(sc_core *c, sc_job *j, size_t most)
 {
     char sink[16384];
-    while (j->out_fd >= 0) {
-        ssize_t n = read(j->out_fd, sink, sizeof sink);
+    while (j->out_fd >= 0 && most) {
+        ssize_t n = read(j->out_fd, sink, most < sizeof sink ? most : sizeof sink);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
@@ -46,6 +48,7 @@ static void read_output(sc_core *c, sc_job *j)
                 stop_reading(c, j);
             return;
         }
+        most -= (size_t)n;
         size_t room = j->cap - j->out.len, take = (size_t)n < room ? (size_t)n : room;
         if (take < (size_t)n)
             j->truncated = true; /* read on all the same: a full pipe would hold the runtime up */
@@ -56,7 +59,7 @@ static void read_output(sc_core *c, sc_job *j)
 static void output_ready(sc_core *c, sc_source *s, uint32_t ev)
 {
     (void)ev;
-    read_output(c, (sc_job *)((char *)s - offsetof(sc_job, out_src)));
+    read_output(c, (sc_job *)((char *)s - offsetof(sc_job, out_src)), 65536);
 }
 
 /* Answered once; the memory goes when Python has taken the result and the process has been reaped. */
@@ -84,7 +87,9 @@ static void job_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t 
     }
     j->status = st->status;
     j->signaled = st->signaled;
-    read_output(c, j); /* what is there; its grandchildren may keep the pipe open for ever */
+    int there = 0;
+    if (j->out_fd >= 0 && ioctl(j->out_fd, FIONREAD, &there) == 0)
+        read_output(c, j, (size_t)there); /* no more: its grandchildren may write, or keep the pipe open, for ever */
     finish(c, j);
 }
 

@@ -29,8 +29,8 @@ sc_note *sc_take_notes(sc_core *c)
 {
     uint64_t n;
     pthread_mutex_lock(&c->mail_lock);
-    if (c->mail && read(c->mailfd, &n, sizeof n) < 0) {
-        /* Not written yet: its writer will, and a wake-up for nothing follows. */
+    if (read(c->mailfd, &n, sizeof n) < 0) {
+        /* Not written yet: its writer will, and a wake-up for nothing follows, which is why the fd is read with no mail, too. */
     }
     sc_note *list = c->mail;
     c->mail = NULL;

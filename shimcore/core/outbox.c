@@ -18,9 +18,10 @@
 #include "frame.h"
 #include "spill.h"
 
-enum { WINDOW = 128, TRIES_MAX = 5, MEMORY_MAX = 4096, MEMORY_HARD_MAX = 65536 };
+enum { WINDOW = 128, MEMORY_MAX = 4096, MEMORY_HARD_MAX = 65536 };
 #define BACKOFF_MIN_NS 10000000LL
 #define BACKOFF_MAX_NS 1000000000LL
+#define REFUSED_NS 30000000000LL /* refused for this long for a reason that won't pass: given up, and counted */
 #define MUTE_NS 60000000000LL /* nothing acknowledged for this long: another connection */
 
 static void list_init(sc_event_list *l)
@@ -337,17 +338,22 @@ static void acknowledged(sc_core *c, uint32_t stream, int32_t code)
     if (!e->next)
         o->flight.tail = p;
     o->flight.count--;
-    o->backoff_ns = 0;
-    if (code != SC_OK && ++e->tries < TRIES_MAX) {
-        /* Whatever depends on it has been waiting for it, so the front of the queue is its place. */
-        list_push_front(&o->queue, e);
-        back_off(c);
-        return;
-    }
-    if (code != SC_OK)
+    if (code != SC_OK) {
+        int64_t now = sc_now_mono();
+        bool passes = code == SC_UNAVAILABLE || code == SC_RESOURCE_EXHAUSTED || code == SC_DEADLINE_EXCEEDED;
+        if (!e->refused_since)
+            e->refused_since = now;
+        if (passes || now - e->refused_since < REFUSED_NS) {
+            /* Whatever depends on it has been waiting for it, so the front of the queue is its place. */
+            list_push_front(&o->queue, e);
+            back_off(c);
+            return;
+        }
         c->stats.rejected++;
-    else
+    } else {
         c->stats.acked++;
+        o->backoff_ns = 0;
+    }
     sc_stamp *t = sc_stamp_of(c, e->stamp);
     if (t)
         t->acked = sc_now_mono();

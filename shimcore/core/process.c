@@ -139,9 +139,17 @@ int sc_reap_pid(pid_t pid, sc_exit_status *out)
     return wait_for(P_PID, (id_t)pid, 0, out);
 }
 
-int sc_reap_orphan(sc_exit_status *out)
+pid_t sc_peek_orphan(void)
 {
-    return wait_for(P_ALL, 0, __WNOTHREAD, out);
+    sc_exit_status st;
+    int r = wait_for(P_ALL, 0, __WNOTHREAD | WNOWAIT, &st);
+    return r == 1 ? st.pid : r;
+}
+
+int sc_peek_pid(pid_t pid)
+{
+    sc_exit_status st;
+    return wait_for(P_PID, (id_t)pid, WNOWAIT, &st);
 }
 
 /* ---- spawn ---- */
@@ -218,12 +226,11 @@ IN_CHILD static int child_main(void *arg)
 {
     struct child *c = arg;
     const sc_spawn_args *a = c->a;
-    struct sigaction dfl, now;
-    memset(&dfl, 0, sizeof dfl);
-    dfl.sa_handler = SIG_DFL;
+    /* The system call, since sigaction(3) refuses glibc's own two, which posix_spawn leaves ignored in whoever it starts. Zeros
+     * are SIG_DFL without flags in every architecture's struct; 8: bytes of the kernel's sigset_t. */
+    static const unsigned long dfl[8];
     for (int sig = 1; sig < NSIG; sig++)
-        if (sigaction(sig, NULL, &now) == 0 && now.sa_handler != SIG_DFL)
-            sigaction(sig, &dfl, NULL);
+        syscall(SYS_rt_sigaction, sig, dfl, NULL, 8);
     if (a->new_session)
         setsid();
     else if (a->new_group)

@@ -24,8 +24,9 @@ typedef struct {
 /* Reap, without blocking. 1 reaped, 0 not dead yet, -ECHILD not a child of ours. */
 int sc_reap_pidfd(int pidfd, sc_exit_status *out);
 int sc_reap_pid(pid_t pid, sc_exit_status *out);
-/* Any dead child of the calling thread alone (__WNOTHREAD): on the leader that is an orphan. */
-int sc_reap_orphan(sc_exit_status *out);
+/* Any dead child of the calling thread alone (__WNOTHREAD), left as it is: its pid, or <= 0. */
+pid_t sc_peek_orphan(void);
+int sc_peek_pid(pid_t pid); /* 1: a dead child of ours, left as it is */
 
 typedef struct {
     int child, parent; /* parent < 0: /dev/null */

@@ -43,9 +43,14 @@ void sc_unlock(sc_core *c)
     }
 }
 
+bool sc_on_exit_thread(sc_core *c)
+{
+    return atomic_load(&c->running) && pthread_equal(c->runner, pthread_self());
+}
+
 void sc_core_wake(sc_core *c)
 {
-    if (c->running && pthread_equal(c->runner, pthread_self()))
+    if (sc_on_exit_thread(c))
         return;
     uint64_t one = 1;
     if (write(c->wakefd, &one, sizeof one) < 0) {
@@ -115,6 +120,7 @@ sc_core *sc_core_new(const char *ns, const char *events_address)
     c->wake_src.ready = wake_ready;
     c->sig_src.ready = signals_ready;
     c->sweep_timer.fire = sweep_fire;
+    c->look_timer.fire = sweep_fire;
     c->reap_orphans = true;
     sc_outbox_init(&c->outbox, events_address);
     if (!c->ns || !c->slots || c->epfd < 0 || c->wakefd < 0 || c->mailfd < 0 ||
@@ -141,6 +147,34 @@ static void free_graveyard(sc_core *c)
     }
 }
 
+static void delay_fire(sc_core *c, sc_timer *t);
+
+/* Notes that nobody took, calls and watched pids still under way, delays: what Python keeps for them is Python's to let go of. */
+static void free_unfinished(sc_core *c)
+{
+    for (sc_note *n = c->mail, *next; n; n = next) {
+        next = n->next;
+        if (n->kind == SC_NOTE_TOLD || n->kind == SC_NOTE_TEARDOWN)
+            sc_slot_unref(n->ptr);
+        else if (n->kind == SC_NOTE_JOB && ((sc_job *)n->ptr)->dead)
+            sc_job_free(n->ptr);
+        free(n);
+    }
+    for (size_t i = 0; i < sizeof c->pids / sizeof *c->pids; i++) {
+        while (c->pids[i]) { /* slots have been taken out: what is left was made as a job */
+            sc_job *j = (sc_job *)c->pids[i];
+            sc_child_remove(c, &j->child);
+            sc_timer_clear(c, &j->deadline);
+            if (j->out_fd >= 0)
+                close(j->out_fd);
+            sc_job_free(j);
+        }
+    }
+    for (size_t i = 0; i < c->heap_len; i++)
+        if (c->heap[i]->fire == delay_fire)
+            free(c->heap[i]);
+}
+
 void sc_core_free(sc_core *c)
 {
     if (!c)
@@ -162,6 +196,7 @@ void sc_core_free(sc_core *c)
             if (s->child.listed)
                 sc_child_remove(c, &s->child);
             sc_slot_timers_clear(c, s);
+            sc_timer_clear(c, &s->kill_again);
             if (s->oom)
                 sc_oom_free(c, s->oom);
             sc_slot_unref(s);
@@ -169,12 +204,7 @@ void sc_core_free(sc_core *c)
     }
     free_graveyard(c);
     sc_outbox_free(c);
-    sc_note *n = c->mail;
-    while (n) {
-        sc_note *next = n->next;
-        free(n);
-        n = next;
-    }
+    free_unfinished(c);
     if (c->epfd >= 0)
         close(c->epfd);
     if (c->wakefd >= 0)
@@ -183,6 +213,7 @@ void sc_core_free(sc_core *c)
         close(c->mailfd);
     free(c->slots);
     free(c->early);
+    free(c->left);
     free(c->heap);
     free(c->stamps);
     free(c->ns);
@@ -207,8 +238,6 @@ int sc_core_signals(sc_core *c, bool sigchld)
         close(fd);
         return r;
     }
-    c->reap_orphans = sigchld;
-    c->has_signals = true;
     static const int sigs[] = {SIGTERM, SIGINT, SIGPIPE, SIGUSR1, SIGCHLD};
     for (size_t i = 0; i < sizeof sigs / sizeof *sigs; i++) {
         struct sigaction sa;
@@ -225,7 +254,9 @@ int sc_core_signals(sc_core *c, bool sigchld)
         sigaddset(&open, sigs[i]);
     pthread_sigmask(SIG_UNBLOCK, &open, NULL);
     sc_lock(c);
-    c->need_sweep = sigchld; /* who died before the handler stood */
+    c->has_signals = true;
+    c->reap_orphans = c->has_sigchld = sigchld;
+    c->need_sweep |= sigchld; /* who died before the handler stood */
     sc_unlock(c);
     sc_core_wake(c);
     return 0;
@@ -331,7 +362,7 @@ int sc_core_run(sc_core *c)
     struct epoll_event evs[64];
     sc_lock(c);
     c->runner = pthread_self();
-    c->running = true;
+    atomic_store(&c->running, true);
     sc_unlock(c);
     while (!atomic_load(&c->stop)) {
         int timeout = -1;
@@ -365,10 +396,13 @@ int sc_core_run(sc_core *c)
         }
         sc_outbox_pump(c);
         free_graveyard(c);
+        bool kill = c->killing != NULL;
         sc_unlock(c);
+        if (kill)
+            sc_kill_queued(c);
     }
     sc_lock(c);
-    c->running = false;
+    atomic_store(&c->running, false);
     sc_unlock(c);
     return 0;
 }

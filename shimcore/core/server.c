@@ -24,6 +24,7 @@ sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
     sc_server *s = calloc(1, sizeof *s);
     if (!s)
         return NULL;
+    atomic_init(&s->refs, 1);
     s->core = core;
     s->limits = *limits;
     s->ready_tail = &s->ready;
@@ -56,6 +57,17 @@ void sc_server_free(sc_server *s)
     if (!s)
         return;
     sc_server_close_all(s);
+    if (s->epfd >= 0)
+        close(s->epfd);
+    s->epfd = -1;
+    sc_server_unref(s);
+}
+
+/* A call that is still being handled keeps its connection, and that keeps what it needs of the server. */
+void sc_server_unref(sc_server *s)
+{
+    if (atomic_fetch_sub(&s->refs, 1) != 1)
+        return;
     for (size_t i = 0; i < sizeof s->routes / sizeof *s->routes; i++) {
         while (s->routes[i]) {
             struct sc_route *r = s->routes[i];
@@ -65,8 +77,6 @@ void sc_server_free(sc_server *s)
             free(r);
         }
     }
-    if (s->epfd >= 0)
-        close(s->epfd);
     if (s->wakefd >= 0)
         close(s->wakefd);
     free(s->rbuf);
@@ -254,6 +264,7 @@ static void accept_all(sc_server *s, struct listener *l)
         }
         *c = (sc_conn){.kind = K_CONN, .fd = fd, .srv = s, .pid = cred.pid, .uid = (int)cred.uid, .gid = (int)cred.gid};
         atomic_init(&c->refs, 1);
+        atomic_fetch_add(&s->refs, 1);
         pthread_mutex_init(&c->lock, NULL);
         c->armed = EPOLLIN;
         if (watch(s, fd, EPOLLIN, c) < 0) {
@@ -313,8 +324,12 @@ static size_t wait_response(uint8_t *out, const sc_exit *e)
 static void wait_fired(sc_waiter *w)
 {
     sc_call *k = (sc_call *)((char *)w - offsetof(sc_call, waiter));
+    static const char late[] = "context deadline exceeded";
     uint8_t out[64];
-    sc_call_reply(k, 0, NULL, 0, out, wait_response(out, &w->exit), false);
+    if (w->late)
+        sc_call_reply(k, SC_DEADLINE_EXCEEDED, late, sizeof late - 1, NULL, 0, false);
+    else
+        sc_call_reply(k, 0, NULL, 0, out, wait_response(out, &w->exit), false);
     sc_call_unref(k); /* the waiter's */
 }
 
@@ -338,9 +353,17 @@ static void answer_native(sc_server *s, sc_call *k, int native)
         k->waiter.fire = wait_fired;
         pthread_mutex_lock(&k->conn->lock);
         k->parked = true;
+        k->conn->inflight--;
+        bool many = ++k->conn->parked > s->limits.max_inflight;
         pthread_mutex_unlock(&k->conn->lock);
+        atomic_fetch_sub(&s->inflight, 1);
+        if (many) {
+            static const char text[] = "too many Waits in flight";
+            sc_call_reply(k, SC_RESOURCE_EXHAUSTED, text, sizeof text - 1, NULL, 0, true);
+            return;
+        }
         sc_call_ref(k); /* the waiter's */
-        r = sc_slot_wait(s->core, id, exec_id, &k->waiter);
+        r = sc_slot_wait(s->core, id, exec_id, &k->waiter, k->deadline);
         if (r == 1)
             sc_call_reply(k, 0, NULL, 0, small, wait_response(small, &k->waiter.exit), true);
         if (r)
@@ -369,9 +392,9 @@ static void answer_native(sc_server *s, sc_call *k, int native)
 static bool active(sc_conn *c, uint32_t stream)
 {
     pthread_mutex_lock(&c->lock);
-    sc_call *k = c->calls;
+    sc_call *k = c->streams[stream / 2 % (sizeof c->streams / sizeof *c->streams)];
     while (k && k->stream != stream)
-        k = k->next;
+        k = k->next_stream;
     pthread_mutex_unlock(&c->lock);
     return k != NULL;
 }
@@ -392,7 +415,10 @@ static void request(sc_server *s, sc_conn *c, uint32_t stream, const uint8_t *da
         answer_frame(c, stream, SC_UNAVAILABLE, "server is shutting down");
         return;
     }
-    if (c->inflight >= s->limits.max_inflight) {
+    pthread_mutex_lock(&c->lock);
+    bool many = c->inflight >= s->limits.max_inflight;
+    pthread_mutex_unlock(&c->lock);
+    if (many) {
         answer_frame(c, stream, SC_RESOURCE_EXHAUSTED, "too many requests in flight");
         return;
     }
@@ -419,6 +445,9 @@ static void request(sc_server *s, sc_conn *c, uint32_t stream, const uint8_t *da
     if (k->next)
         k->next->prev = k;
     c->calls = k;
+    sc_call **chain = &c->streams[stream / 2 % (sizeof c->streams / sizeof *c->streams)];
+    k->next_stream = *chain;
+    *chain = k;
     c->inflight++;
     pthread_mutex_unlock(&c->lock);
     atomic_fetch_add(&s->inflight, 1);
@@ -488,6 +517,16 @@ static ssize_t frames(sc_server *s, sc_conn *c, const uint8_t *p, size_t n)
     return (ssize_t)at;
 }
 
+/* Nothing is being answered, and no answer waits to be sent. Parked Waits count for a peer that has shut its sending side, not
+ * for a server that ends: nobody can answer them. */
+static bool quiet(sc_conn *c, bool ending)
+{
+    pthread_mutex_lock(&c->lock);
+    bool over = !c->inflight && (ending || !c->parked) && !c->out.len && !c->sending;
+    pthread_mutex_unlock(&c->lock);
+    return over;
+}
+
 static void readable(sc_server *s, sc_conn *c, uint32_t ev)
 {
     if (c->consumed) {
@@ -517,16 +556,14 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
     if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
         return;
     if (n <= 0) {
+        sc_conn_flush(c);
         pthread_mutex_lock(&c->lock);
-        /* SHUT_WR of a peer that still reads: its calls are answered first. A peer that has gone gives EPOLLHUP. */
-        bool wait = n == 0 && !(ev & (EPOLLHUP | EPOLLERR)) && c->inflight;
         c->eof = true;
         sc_conn_arm(c);
         pthread_mutex_unlock(&c->lock);
-        if (!wait) {
-            sc_conn_flush(c);
+        /* SHUT_WR of a peer that still reads: its answers go out first. A peer that has gone gives EPOLLHUP. */
+        if (n < 0 || ev & (EPOLLHUP | EPOLLERR) || quiet(c, false))
             drop(s, c);
-        }
         return;
     }
     if (to == s->rbuf) {
@@ -553,7 +590,7 @@ static void conn_ready(sc_server *s, sc_conn *c, uint32_t ev)
         sc_conn_flush(c);
     if (ev & EPOLLIN)
         readable(s, c, ev);
-    else if (ev & (EPOLLHUP | EPOLLERR))
+    else if (ev & (EPOLLHUP | EPOLLERR) || (c->eof && quiet(c, false)))
         drop(s, c);
 }
 
@@ -562,14 +599,17 @@ static void reap_half_closed(sc_server *s)
 {
     for (sc_conn *c = s->conns, *next; c; c = next) {
         next = c->next;
-        if (!c->eof)
-            continue;
-        pthread_mutex_lock(&c->lock);
-        bool over = !c->inflight && !c->out.len && !c->sending;
-        pthread_mutex_unlock(&c->lock);
-        if (over)
+        if (c->eof && quiet(c, false))
             drop(s, c);
     }
+}
+
+bool sc_server_idle(sc_server *s)
+{
+    for (sc_conn *c = s->conns; c; c = c->next)
+        if (!quiet(c, true))
+            return false;
+    return !s->ready && atomic_load(&s->inflight) == 0;
 }
 
 sc_call *sc_server_next(sc_server *s)
@@ -594,7 +634,11 @@ int sc_server_wait(sc_server *s)
                 continue;
             switch (*(int *)e->data.ptr) {
             case K_LISTENER: accept_all(s, e->data.ptr); break;
-            case K_CONN: conn_ready(s, e->data.ptr, e->events); break;
+            case K_CONN:
+                if (e->events & EPOLLOUT && atomic_load(&s->draining))
+                    work |= SC_WORK_WOKEN; /* the last bytes of the last answer may have gone */
+                conn_ready(s, e->data.ptr, e->events);
+                break;
             case K_MAIL: work |= SC_WORK_NOTES; break;
             case K_WAKE:
                 if (read(s->wakefd, &n, sizeof n) < 0) {
@@ -605,9 +649,9 @@ int sc_server_wait(sc_server *s)
                 break;
             }
         }
+        sc_server_flush(s); /* what C has answered does not wait for the handlers of this batch */
         if (s->ready)
             return work | SC_WORK_CALLS;
-        sc_server_flush(s);
         if (atomic_load(&s->draining))
             for (unsigned i = 0; i < s->nlisteners; i++)
                 close_listener(s, &s->listeners[i]);

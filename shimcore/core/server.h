@@ -31,7 +31,9 @@ typedef struct sc_conn {
     bool sending, dead, paused;
     uint32_t armed; /* events asked of epoll */
     sc_call *calls;
-    unsigned inflight;
+    sc_call *streams[64]; /* the same calls, by stream id: chains */
+    unsigned inflight;    /* calls being handled */
+    unsigned parked;      /* Waits; they may stay for days */
 } sc_conn;
 
 struct sc_call {
@@ -39,6 +41,7 @@ struct sc_call {
     sc_conn *conn;
     sc_call *next, *prev;
     sc_call *next_ready;
+    sc_call *next_stream;
     uint32_t stream;
     int method;        /* index given to sc_server_method */
     atomic_bool done, cancelled;
@@ -52,7 +55,7 @@ struct sc_call {
 
 typedef struct {
     size_t max_message;
-    unsigned max_inflight, max_connections;
+    unsigned max_inflight, max_connections; /* max_inflight: of calls being handled, and of parked Waits, each */
     size_t max_unsent; /* bytes waiting for a peer that does not read, before its requests are left unread */
     bool check_peer;
 } sc_limits;
@@ -73,6 +76,7 @@ void sc_server_wake(sc_server *);
 void sc_server_drain(sc_server *); /* no new connections or calls; any thread */
 void sc_server_stop(sc_server *);  /* sc_server_wait returns SC_WORK_STOPPED; any thread */
 unsigned sc_server_inflight(sc_server *); /* calls not answered yet; any thread */
+bool sc_server_idle(sc_server *);         /* none, and no answer is left to be sent; RPC thread */
 void sc_server_close_all(sc_server *); /* RPC thread, or after it has ended */
 
 void sc_call_ref(sc_call *);
@@ -81,12 +85,14 @@ void sc_call_unref(sc_call *);
 void sc_call_reply(sc_call *, int32_t code, const char *message, size_t message_len, const void *payload, size_t n, bool batch);
 /* conn.c, for server.c */
 void sc_conn_unref(sc_conn *);
+void sc_server_unref(sc_server *);
 void sc_conn_send(sc_conn *, const void *head, size_t head_len, const void *body, size_t body_len, bool batch);
 void sc_conn_flush(sc_conn *);
 void sc_conn_arm(sc_conn *); /* under its lock */
 void sc_conn_mark_dirty(sc_conn *);
 
 struct sc_server {
+    atomic_int refs; /* its connections', and its owner's */
     sc_core *core;
     sc_limits limits;
     int epfd, wakefd;

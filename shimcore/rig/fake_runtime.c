@@ -22,75 +22,24 @@
  * N, or die by signal -N, once somebody has the FIFO open for writing), @orphans N (leave N orphans that exit with 1, then
  * sleep), @signals FILE (append a line for each signal that comes; SIGKILL ends it). */
 #define _GNU_SOURCE
-#include <dirent.h>
+#include "fake_parts.h"
+
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/resource.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
 static const char *root = "/run/fake-runtime", *logfile, *bundle = ".", *pid_file, *process_file, *command = "", *id = "", *dir;
 static char exec_id[256], *rules;
 static bool force;
 
-/* ---- files ---- */
-
-static char *path(const char *a, const char *b, const char *c)
-{
-    char *out;
-    if (asprintf(&out, "%s/%s%s%s", a, b, c ? "/" : "", c ? c : "") < 0)
-        abort();
-    return out;
-}
-
-static char *slurp(const char *name)
-{
-    int fd = open(name, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return NULL;
-    size_t n = 0, cap = 16384;
-    char *text = malloc(cap);
-    ssize_t got;
-    while (text && (got = read(fd, text + n, cap - n - 1)) > 0)
-        if ((n += (size_t)got) == cap - 1)
-            text = realloc(text, cap *= 2);
-    close(fd);
-    if (text)
-        text[n] = 0;
-    return text;
-}
-
-static void append(const char *name, const char *text)
-{
-    int fd = open(name, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-    if (fd < 0 || write(fd, text, strlen(text)) < 0)
-        perror(name);
-    if (fd >= 0)
-        close(fd);
-}
-
-/* In one step, as runc does: a reader never sees half a pid. */
-static bool replace(const char *name, const char *text)
-{
-    char *new = path(name, "", NULL);
-    strcpy(new + strlen(name), "~");
-    int fd = open(new, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    bool ok = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
-    if (fd >= 0)
-        close(fd);
-    return ok && rename(new, name) == 0;
-}
+/* ---- errors ---- */
 
 static void log_error(const char *text)
 {
@@ -104,86 +53,6 @@ static void fail(const char *text)
 {
     log_error(text);
     exit(1);
-}
-
-/* ---- just enough JSON: a value found by its keys, and an array of strings ---- */
-
-static const char *blanks(const char *p)
-{
-    return p + strspn(p, " \t\r\n");
-}
-
-static const char *skip(const char *p)
-{
-    int depth = 0;
-    p = blanks(p);
-    do {
-        if (*p == '"') {
-            for (p++; *p && *p != '"'; p++)
-                if (*p == '\\' && p[1])
-                    p++;
-            p += *p == '"';
-        } else if (*p == '{' || *p == '[') {
-            depth++, p++;
-        } else if (*p == '}' || *p == ']') {
-            depth--, p++;
-        } else if (*p && strchr(",: \t\r\n", *p)) {
-            p++;
-        } else {
-            p += strcspn(p, ",:{}[]\" \t\r\n");
-        }
-    } while (*p && depth > 0);
-    return blanks(p);
-}
-
-static const char *member(const char *p, const char *name)
-{
-    size_t n = strlen(name);
-    if (!p || *(p = blanks(p)) != '{')
-        return NULL;
-    for (p = blanks(p + 1); *p == '"';) {
-        bool hit = strncmp(p + 1, name, n) == 0 && p[n + 1] == '"';
-        p = skip(p);
-        p = blanks(p + (*p == ':'));
-        if (hit)
-            return p;
-        p = skip(p);
-        p = blanks(p + (*p == ','));
-    }
-    return NULL;
-}
-
-static char *string(const char **at)
-{
-    const char *p = *at + 1;
-    char *out = malloc(strlen(p) + 1), *w = out;
-    for (; out && *p && *p != '"'; p++) {
-        if (*p != '\\') {
-            *w++ = *p;
-        } else if (*++p == 'u') {
-            *w++ = (char)strtol((char[]){p[3], p[4], 0}, NULL, 16); /* what a test writes: control characters */
-            p += 4;
-        } else {
-            *w++ = *p == 'n' ? '\n' : *p == 't' ? '\t' : *p;
-        }
-    }
-    *at = p + (*p == '"');
-    if (out)
-        *w = 0;
-    return out;
-}
-
-static char **strings(const char *p)
-{
-    size_t n = 0;
-    char **out = calloc(4096, sizeof *out);
-    if (!out || !p || *p != '[')
-        return out;
-    for (p = blanks(p + 1); *p == '"' && n < 4095; p = blanks(p + (*p == ','))) {
-        out[n++] = string(&p);
-        p = blanks(p);
-    }
-    return out;
 }
 
 /* ---- processes ---- */
@@ -365,13 +234,10 @@ static void step(const char *name, pid_t pid)
         else if (!strncmp(verb, "log ", 4))
             log_error(rest);
         else if (!strncmp(verb, "stderr ", 7)) {
-            char *text = slurp(rest);
-            for (size_t left = text ? strlen(text) : 0, at = 0; left;) {
-                ssize_t k = write(2, text + at, left);
-                if (k <= 0)
-                    break;
-                at += (size_t)k, left -= (size_t)k;
-            }
+            int from = open(rest, O_RDONLY | O_CLOEXEC);
+            while (sendfile(2, from, NULL, 1 << 20) > 0)
+                ;
+            close(from);
         } else
             obey(verb);
         if (fd >= 0)

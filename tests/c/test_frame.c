@@ -118,7 +118,8 @@ static void request_round_trip(void)
 {
     for (int i = 0; i < 2000; i++) {
         sc_buf b = {0};
-        char *service = word((size_t)random() % 300), *method = word((size_t)random() % 40), *payload = word((size_t)random() % 20000);
+        char *service = word((size_t)random() % 300), *method = word((size_t)random() % 40);
+        char *payload = word((size_t)random() % 20000);
         int64_t timeout = i % 3 ? ((int64_t)random() << 32) * (i % 2 ? 1 : -1) : 0;
         unsigned pairs = (unsigned)random() % 5;
         put(&b, 1, service, strlen(service));
@@ -190,6 +191,7 @@ static void malformed(void)
     CHECK(!PARSES(&q, "\x36"));                                             /* wire types 6 and 7 */
     CHECK(!PARSES(&q, "\x37"));
     CHECK(!PARSES(&q, "\x34"));         /* end of a group that never began */
+    CHECK(!PARSES(&q, "\x34\x33")); /* though one follows */
     CHECK(!PARSES(&q, "\x33\x0a\x01s")); /* a group without its end */
     CHECK(PARSES(&q, "\x33\x0a\x01s\x34"));
     CHECK_EQ(q.service.n, 0); /* what is in a group is not ours */

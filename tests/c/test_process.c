@@ -11,6 +11,7 @@
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 extern char **environ;
@@ -114,6 +115,13 @@ static int count_fds(void)
     return n;
 }
 
+/* glibc's own: posix_spawn leaves them ignored in its children, and sigaction(3) does not take them. */
+static void ignore_internal(void)
+{
+    unsigned long ignore[8] = {(unsigned long)(uintptr_t)SIG_IGN};
+    CHECK(syscall(SYS_rt_sigaction, 32, ignore, NULL, 8) == 0 && syscall(SYS_rt_sigaction, 33, ignore, NULL, 8) == 0);
+}
+
 static void signals_are_reset(void)
 {
     char out[16384];
@@ -124,6 +132,7 @@ static void signals_are_reset(void)
     signal(SIGTERM, SIG_IGN);
     signal(SIGRTMIN + 3, SIG_IGN);
     pthread_sigmask(SIG_SETMASK, &all, &before);
+    ignore_internal();
     run_report((sc_spawn_args){0}, out, sizeof out);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     signal(SIGPIPE, SIG_DFL);
@@ -199,6 +208,39 @@ static void permutations(void)
             read_all(r[k], out, sizeof out);
             snprintf(want, sizeof want, "%d", w[order[i][k]]);
             CHECK_STR(out, want);
+        }
+        CHECK_EQ(wait_for(pidfd), 0);
+    }
+}
+
+/* Targets that are free here are what the kernel hands out next. */
+static void free_numbers(void)
+{
+    for (int reversed = 0; reversed < 2; reversed++) {
+        int r[4], w[4], low[4], pidfd, at;
+        char names[4][16], *argv[] = {self, "--sign", names[0], names[1], names[2], names[3], NULL};
+        for (int k = 0; k < 4; k++) {
+            int p[2];
+            CHECK(pipe2(p, O_CLOEXEC) == 0);
+            r[k] = fcntl(p[0], F_DUPFD_CLOEXEC, 60);
+            w[k] = fcntl(p[1], F_DUPFD_CLOEXEC, 60);
+            close(p[0]);
+            close(p[1]);
+        }
+        for (int k = 0; k < 4; k++)
+            low[k] = dup(0);
+        sc_fd_map maps[4];
+        for (int k = 0; k < 4; k++) {
+            close(low[k]);
+            maps[k] = (sc_fd_map){low[reversed ? 3 - k : k], w[k]};
+            snprintf(names[k], sizeof names[k], "%d", maps[k].child);
+        }
+        CHECK(sc_spawn(&(sc_spawn_args){.path = self, .argv = argv, .fds = maps, .nfds = 4}, &pidfd, &at) > 0);
+        for (int k = 0; k < 4; k++) {
+            char out[64];
+            close(w[k]);
+            read_all(r[k], out, sizeof out);
+            CHECK_STR(out, names[k]);
         }
         CHECK_EQ(wait_for(pidfd), 0);
     }
@@ -322,7 +364,8 @@ static void statuses(void)
         const char *script;
         int status;
         bool signaled;
-    } cases[] = {{"exit 0", 0, false}, {"exit 42", 42, false}, {"exit 255", 255, false}, {"kill -9 $$", 137, true}, {"kill -15 $$", 143, true}};
+    } cases[] = {{"exit 0", 0, false}, {"exit 42", 42, false}, {"exit 255", 255, false},
+                 {"kill -9 $$", 137, true}, {"kill -15 $$", 143, true}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char *argv[] = {"sh", "-c", (char *)cases[i].script, NULL};
         int pidfd, at;
@@ -441,6 +484,7 @@ int main(int argc, char **argv)
     RUN(ignored_sigchld);
     RUN(only_mapped_fds);
     RUN(permutations);
+    RUN(free_numbers);
     RUN(stdio_swapped);
     RUN(closed_stdio);
     RUN(cwd_and_environment);

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults import lab, lab_shim, new_lab, shared_lab
+from tests.faults import lab, lab_shim, new_lab, shared_lab, shm
 
-__all__ = ["lab", "lab_shim", "new_lab", "shared_lab"]
+__all__ = ["lab", "lab_shim", "new_lab", "shared_lab", "shm"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,10 +27,7 @@ from shimcore.publisher import RemotePublisher
 RUN = str(Path(_reaper.__file__).parent / "_bin" / "fake-runtime"), "run"
 
 
-class LabTask(RuncTask):
-    """RuncTask, and what the lab's functions below share."""
-
-    sleepers: list[int]
+LabTask = RuncTask
 
 
 class TeardownTask(LabTask):
@@ -42,11 +39,11 @@ class TeardownTask(LabTask):
 
     def teardown(self, slot: _reaper.Slot) -> None:
         self.entered.append(slot.exec_id)
-        if os.environ.get("LAB_HOLD_GIL"):
+        if os.environ.get("LAB_HOLD_GIL") and len(self.entered) == 1:
             import ctypes
 
             ctypes.PyDLL(None).sleep(int(os.environ["LAB_HOLD_GIL"]))  # PyDLL does not let go of the GIL
-        else:
+        elif not os.environ.get("LAB_HOLD_GIL"):
             self.let_go.wait()
 
 
@@ -186,11 +183,20 @@ def sequence(task: LabTask, id: str, count: int, keep: bool = True) -> list[int]
     init = core.find(id) or _init_slot(core, id, "@sleep")
     for number in range(count):
         slot = _exec_slot(core, id, f"s{number}", "@exit", str(number % 256))
-        _until(lambda: slot.phase == _reaper.TOLD)
+        _told(slot)
         pids.append(slot.pid)
         if not keep:
             slot.forget()
     return [init.pid, *pids]
+
+
+@offered
+def sequence_in(task: LabTask, id: str, count: int) -> None:
+    """The same in a container that Create has made."""
+    for number in range(count):
+        slot = _exec_slot(task.core, id, f"s{number}", "@exit", "1")
+        _told(slot)
+        slot.forget()
 
 
 @offered
@@ -216,7 +222,7 @@ def recycled(task: LabTask, id: str, count: int) -> list[list[int]]:
             _next_pid(wanted)
         slot = _exec_slot(core, id, f"r{number}", "@exit", str(number % 255 + 1))
         wanted = slot.pid
-        _until(lambda: slot.phase == _reaper.TOLD)
+        _told(slot)
         out.append([slot.pid, slot.exit_status, number % 255 + 1])
     return out
 
@@ -231,8 +237,8 @@ def stranger(task: LabTask, id: str) -> dict[str, Any]:
     core = task.core
     core.find(id) or _init_slot(core, id, "@sleep")
     slot = _exec_slot(core, id, "gone", "@exit", "5")
-    _until(lambda: slot.phase == _reaper.TOLD)
-    for attempt in range(1000):
+    _told(slot)
+    for _ in range(1000):
         _next_pid(slot.pid)
         other = subprocess.Popen([*RUN, "@sleep"])
         if other.pid == slot.pid:
@@ -247,7 +253,8 @@ def stranger(task: LabTask, id: str) -> dict[str, Any]:
         refused = True
     alive = other.poll() is None
     other.kill()
-    return {"same": same, "refused": refused, "alive": alive, "status": other.wait(), "attempts": attempt + 1}
+    other.wait()
+    return {"same": same, "refused": refused, "alive": alive}
 
 
 @offered
@@ -270,14 +277,14 @@ def stolen(task: LabTask, id: str, count: int) -> dict[str, list[int]]:
         os.waitpid(pid, 0)
         slot.bind(pid)
         slot.announce()
-        _until(lambda: slot.phase == _reaper.TOLD)
+        _told(slot)
         before.append(slot.exit_status)
         slot = _exec_slot(core, id, f"t{number}", "@exit", "7")
         try:
             os.waitpid(slot.pid, 0)
         except ChildProcessError:
             pass
-        _until(lambda: slot.phase == _reaper.TOLD)
+        _told(slot)
         racing.append(slot.exit_status)
     return {"before": before, "racing": racing}
 
@@ -289,8 +296,8 @@ def hook(task: TeardownTask, let_go: bool = False) -> list[str]:
     return task.entered
 
 
-def _until(ready: Callable[[], bool], timeout: float = 30.0) -> None:
+def _told(slot: _reaper.Slot, timeout: float = 30.0) -> None:
     deadline = time.monotonic() + timeout
-    while not ready():
+    while slot.phase != _reaper.TOLD:
         assert time.monotonic() < deadline
         time.sleep(0.0002)
