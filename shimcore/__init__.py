@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .bootstrap import Config as Config
     from .bootstrap import DeleteResult as DeleteResult
     from .bootstrap import StartOpts as StartOpts
+    from .daemon import spawn as spawn
     from .flags import Flags as Flags
     from .jobs import Lock as Lock
     from .jobs import in_pool as in_pool
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .publisher import RemotePublisher as RemotePublisher
     from .shim import Shim as Shim
     from .shim import run as run
-    from .daemon import spawn as spawn
     from .task import Task as Task
     from .task import inline as inline
 

@@ -7,10 +7,10 @@ import stat
 from _thread import stack_size, start_new_thread
 
 from . import _reaper, logger, monitor
+from .daemon import READY, READY_ENV, SOCKET_FD
 from .errors import FailedPrecondition
 from .publisher import RemotePublisher, new_core
 from .shim import one_line, prepare
-from .daemon import READY, READY_ENV, SOCKET_FD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def _alive(core: _reaper.Core) -> bool:
 
 
 def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
-    from .jobs import Task as Coroutine
     from ._ttrpc import COROUTINE
+    from .jobs import Task as Coroutine
     from .task import kind_of
 
     def done(_: Any, error: BaseException | None) -> None:

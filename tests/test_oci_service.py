@@ -96,13 +96,7 @@ class Rig:
     def _notes(self) -> None:
         while not self.stopping:
             for note in self.core.notes(1.0):
-                if note[0] == _reaper.NOTE_JOB:
-                    jobs.job_done(note[1])
-                elif note[0] == _reaper.NOTE_TIMER:
-                    note[1].step()
-                elif note[0] == _reaper.NOTE_POST:
-                    note[1]()
-                elif note[0] == _reaper.NOTE_TOLD:
+                if not jobs.resume(note) and note[0] == _reaper.NOTE_TOLD:
                     self.task.on_exit(note[1])
 
     def begin(self, coro: Coroutine[Any, Any, Any]) -> queue.Queue[tuple[Any, BaseException | None]]:
