@@ -1,6 +1,6 @@
-"""The core's processes and exits as Python sees them: subreaper, spawn with an fd map, pidfds, the exit thread, the exit table, runtime jobs.
+"""The core's processes and exits as Python sees them: subreaper, spawn with an fd map, pidfds, exit thread and table, jobs.
 
-Every function that enters a system call raises `OSError` with the call's name in `strerror`'s place (`exc.filename` is the syscall).
+A function that enters a system call raises `OSError` with the call's name (`exc.filename` is the syscall).
 Rules of the exit table come from shimcore/core/exits.h, which states them; ids are compared byte for byte.
 """
 
@@ -123,7 +123,7 @@ class Slot:
         """Init only: record the exits of this container and its execs in this file before they are told. May block: not on the
         RPC thread. Raises OSError."""
     def set_teardown(self, timeout: float) -> None:
-        """At this process's exit NOTE_TEARDOWN comes first, and its telling waits for teardown_done(), at most timeout seconds."""
+        """At this process's exit NOTE_TEARDOWN comes first, and its telling waits for teardown_done(), at most timeout s."""
     def teardown_done(self) -> None: ...
     def watch_oom(self, folder: str, v2: bool) -> None:
         """Init only: tell TaskOOM for OOM kills in this cgroup (v1: the memory hierarchy's folder), before the exits they cause.
@@ -131,7 +131,7 @@ class Slot:
     def drop(self) -> None:
         """The runtime failed and there is no process: parked Waits are answered with 255, no exit is told. After bind: no-op."""
     def forget(self) -> None:
-        """Take the slot out of the table (Delete); FailedPrecondition unless told, dropped or reserved. Init: its execs go too."""
+        """Take the slot out of the table (Delete); FailedPrecondition unless told, dropped or reserved. Init: execs too."""
     def kill(self, signum: int) -> None:
         """Signal through the pidfd. NotFound when exited (told or not), FailedPrecondition when there is no process yet."""
 
@@ -157,7 +157,7 @@ class Core:
     pool: Any  # what jobs.in_pool submits to: an object with submit(callable)
     def __init__(self, namespace: str = "", events_address: str = "") -> None: ...
     def install_signals(self, sigchld: bool = True) -> None:
-        """Handlers (no blocking of signals) for SIGCHLD, SIGTERM, SIGINT, SIGPIPE, SIGUSR1. One Core per process may have them."""
+        """Handlers (no blocking of signals) for SIGCHLD, SIGTERM, SIGINT, SIGPIPE, SIGUSR1. One Core per process has them."""
     def run(self) -> None:
         """Be the exit thread until stop(): call it on the thread-group leader; it releases the GIL for good."""
     def stop(self) -> None: ...
@@ -204,4 +204,6 @@ class Core:
         """Block for notes and take them all; for a process with no RPC thread. timeout in seconds, None: no limit."""
     def stats(self) -> dict[str, int]: ...
     def stamps(self) -> list[tuple[str, str, int, int, int, int, int]]:
-        """The last exits told: (container_id, exec_id, pid, reaped, recorded, sent, acknowledged), ns of CLOCK_MONOTONIC, 0 = not yet."""
+        """The last exits told: (container_id, exec_id, pid, reaped, recorded, sent, acknowledged).
+
+        Times in ns of CLOCK_MONOTONIC, 0 = not yet."""

@@ -34,12 +34,14 @@ class Server:
     max_message: bytes of one message, envelope included (ttrpc: 4 MiB). max_inflight: requests being handled per connection.
     workers: the pool for handlers that block."""
 
-    def __init__(self, core: Core, *, max_message: int = ..., max_inflight: int = ..., max_connections: int = ..., workers: int = ...,
-                 check_peer: bool = True) -> None: ...
+    def __init__(
+        self, core: Core, *, max_message: int = ..., max_inflight: int = ..., max_connections: int = ..., workers: int = ...,
+        check_peer: bool = True,
+    ) -> None: ...
     def add_listener(self, fd: int) -> None:
         """Accept connections from a listening stream socket; the server owns fd from now on."""
     def add_service(self, name: str, methods: Mapping[str, tuple[int, Callable[..., Any], Any]]) -> None:
-        """methods: name on the wire -> (INLINE | POOL | COROUTINE, handler, request class). The handler gets (request, Context)."""
+        """methods: name on the wire -> (INLINE | POOL | COROUTINE, handler, request class). Handlers get (request, Context)."""
     def native_task(self, *names: str) -> None:
         """Answer State, Wait and Connect of these services in C from the core's exit table."""
     def on_note(self, callback: Callable[[tuple[Any, ...]], None]) -> None:

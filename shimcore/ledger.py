@@ -33,7 +33,8 @@ class Exit:
         self.exited_at = exited_at
 
     def __repr__(self) -> str:
-        return f"Exit({self.container_id!r}, {self.exec_id!r}, pid={self.pid}, exit_status={self.exit_status}, at={self.exited_at})"
+        name = f"{self.container_id!r}, {self.exec_id!r}"
+        return f"Exit({name}, pid={self.pid}, exit_status={self.exit_status}, at={self.exited_at})"
 
 
 def parse(data: bytes) -> list[Exit]:
