@@ -154,6 +154,13 @@ typedef struct {
     struct sc_spill *spill;
 } sc_outbox;
 
+/* Dead, its status read and told, but not reaped yet; see children.c. */
+typedef struct {
+    int pidfd;
+    pid_t pid;
+} sc_closing;
+
+enum { SC_CLOSING = 64, SC_CLOSING_FEW = 8, SC_SWEEP_PUT_OFF = 16 };
 enum { SC_STAMPS = 256, SC_ID_MAX = 96 };
 typedef struct {
     char id[SC_ID_MAX], exec_id[SC_ID_MAX]; /* cut */
@@ -190,6 +197,8 @@ struct sc_core {
     char *ns;               /* containerd's namespace */
     sc_child *pids[4096];
     unsigned by_number, disarmed; /* children that SIGCHLD has to look after */
+    sc_closing closing[SC_CLOSING]; /* oldest first */
+    unsigned closing_len, put_off;  /* put_off: turns in a row that the sweep has waited for them */
     sc_slot **slots;        /* hash by (id, exec_id) */
     size_t slot_cap, slot_count;
     unsigned open_unbound;
@@ -237,6 +246,7 @@ int sc_child_add(sc_core *, sc_child *, pid_t pid, int pidfd);
 void sc_child_remove(sc_core *, sc_child *);
 void sc_children_on_sigchld(sc_core *);
 void sc_sweep(sc_core *);
+void sc_children_close(sc_core *, unsigned oldest); /* reap so many of those that have been told */
 bool sc_early_take(sc_core *, pid_t pid, sc_early *out);
 int sc_watch_pid(sc_core *, pid_t pid);
 

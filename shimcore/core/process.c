@@ -134,6 +134,11 @@ int sc_reap_pidfd(int pidfd, sc_exit_status *out)
     return wait_for((idtype_t)SC_P_PIDFD, (id_t)pidfd, 0, out);
 }
 
+int sc_peek_pidfd(int pidfd, sc_exit_status *out)
+{
+    return wait_for((idtype_t)SC_P_PIDFD, (id_t)pidfd, WNOWAIT, out);
+}
+
 int sc_reap_pid(pid_t pid, sc_exit_status *out)
 {
     return wait_for(P_PID, (id_t)pid, 0, out);

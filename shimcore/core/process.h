@@ -27,6 +27,7 @@ int sc_reap_pid(pid_t pid, sc_exit_status *out);
 /* Any dead child of the calling thread alone (__WNOTHREAD), left as it is: its pid, or <= 0. */
 pid_t sc_peek_orphan(void);
 int sc_peek_pid(pid_t pid); /* 1: a dead child of ours, left as it is */
+int sc_peek_pidfd(int pidfd, sc_exit_status *out); /* as sc_reap_pidfd, but the zombie stays */
 
 typedef struct {
     int child, parent; /* parent < 0: /dev/null */

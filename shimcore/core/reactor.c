@@ -202,6 +202,7 @@ void sc_core_free(sc_core *c)
             sc_slot_unref(s);
         }
     }
+    sc_children_close(c, SC_CLOSING);
     free_graveyard(c);
     sc_outbox_free(c);
     free_unfinished(c);
@@ -367,7 +368,9 @@ int sc_core_run(sc_core *c)
     while (!atomic_load(&c->stop)) {
         int timeout = -1;
         sc_lock(c);
-        if (c->need_sweep) {
+        if (c->closing_len) {
+            timeout = 1;
+        } else if (c->need_sweep) {
             timeout = 0;
         } else if (c->heap_len) {
             int64_t left = c->heap[0]->when - sc_now_mono();
@@ -378,6 +381,7 @@ int sc_core_run(sc_core *c)
         if (n < 0 && errno != EINTR)
             return -errno;
         sc_lock(c);
+        unsigned told_before = c->closing_len;
         for (int i = 0; i < n; i++) {
             sc_source *src = evs[i].data.ptr;
             src->ready(c, src, evs[i].events);
@@ -390,11 +394,13 @@ int sc_core_run(sc_core *c)
                 t->fire(c, t);
             }
         }
-        if (c->need_sweep) {
+        sc_outbox_pump(c);
+        sc_children_close(c, c->closing_len > SC_CLOSING_FEW ? SC_CLOSING : told_before);
+        if (c->need_sweep && (!c->closing_len || ++c->put_off > SC_SWEEP_PUT_OFF)) {
             c->need_sweep = false;
             sc_sweep(c);
+            sc_outbox_pump(c);
         }
-        sc_outbox_pump(c);
         free_graveyard(c);
         bool kill = c->killing != NULL;
         sc_unlock(c);
@@ -402,6 +408,7 @@ int sc_core_run(sc_core *c)
             sc_kill_queued(c);
     }
     sc_lock(c);
+    sc_children_close(c, SC_CLOSING);
     atomic_store(&c->running, false);
     sc_unlock(c);
     return 0;
