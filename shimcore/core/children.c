@@ -104,6 +104,18 @@ void sc_children_close(sc_core *c, unsigned oldest)
     memmove(c->closing, c->closing + oldest, c->closing_len * sizeof *c->closing);
 }
 
+/* Was its exit told, and is it only its zombie that is left? Then that goes now. */
+bool sc_children_told(sc_core *c, pid_t pid)
+{
+    for (unsigned i = 0; i < c->closing_len; i++) {
+        if (c->closing[i].pid == pid) {
+            sc_children_close(c, i + 1);
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Its status was taken by somebody else's wait: 255, never 0. */
 static void stolen(sc_core *c, sc_child *k)
 {
@@ -406,7 +418,13 @@ int sc_watch_pid(sc_core *c, pid_t pid)
         return fd;
     }
     sc_lock(c);
-    sc_child_add(c, &j->child, pid, fd < 0 ? -1 : fd);
+    bool told = fd >= 0 && sc_children_told(c, pid);
+    if (!told)
+        sc_child_add(c, &j->child, pid, fd < 0 ? -1 : fd);
     sc_unlock(c);
-    return 0;
+    if (!told)
+        return 0;
+    close(fd);
+    free(j);
+    return -ESRCH;
 }

@@ -247,6 +247,7 @@ void sc_child_remove(sc_core *, sc_child *);
 void sc_children_on_sigchld(sc_core *);
 void sc_sweep(sc_core *);
 void sc_children_close(sc_core *, unsigned oldest); /* reap so many of those that have been told */
+bool sc_children_told(sc_core *, pid_t pid);
 bool sc_early_take(sc_core *, pid_t pid, sc_early *out);
 int sc_watch_pid(sc_core *, pid_t pid);
 

@@ -478,6 +478,10 @@ int sc_slot_bind(sc_slot *s, pid_t pid)
     }
     s->phase = SC_BOUND;
     s->pid = pid;
+    if (fd >= 0 && sc_children_told(c, pid)) {
+        close(fd);
+        fd = -ESRCH;
+    }
     sc_early early;
     if (fd == -ESRCH) {
         if (!sc_early_take(c, pid, &early)) { /* gone, and not by us: somebody's wait stole it */

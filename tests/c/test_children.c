@@ -135,6 +135,36 @@ static void a_watched_pid(void)
     CHECK_EQ(sc_watch_pid(core, p.pid), -ESRCH);
 }
 
+/* Its zombie may outlive the telling by a turn of the loop; nobody can take it for a new process meanwhile. */
+static pid_t told_and_not_reaped(void)
+{
+    rig_process p = rig_fork();
+    rig_end(&p, 15);
+    rig_dead(p.pid);
+    rig_settle();
+    int fd = sc_pidfd_open(p.pid);
+    CHECK(fd >= 0);
+    sc_lock(core);
+    CHECK_EQ(core->closing_len, 0);
+    core->closing[core->closing_len++] = (sc_closing){fd, p.pid};
+    sc_unlock(core);
+    return p.pid;
+}
+
+static void a_zombie_that_has_been_told(void)
+{
+    pid_t pid = told_and_not_reaped();
+    CHECK_EQ(sc_watch_pid(core, pid), -ESRCH);
+    CHECK_EQ(core->closing_len, 0);
+    CHECK_EQ(sc_pidfd_open(pid), -ESRCH);
+    sc_slot *s = new_init("c");
+    CHECK_EQ(sc_slot_bind(s, told_and_not_reaped()), 0);
+    CHECK_EQ(sc_slot_announce(s, NULL), 0);
+    told(s);
+    event_is(0, "/tasks/exit", "c", "", 255);
+    forget(s);
+}
+
 /* ---- notes ---- */
 
 /* A writer that is late with its wake-up leaves no fd that stays readable, or the RPC thread spins. */
@@ -227,7 +257,7 @@ static void unfinished(void)
     static void run_##body(void) { with_leader(body); }
 #define BODIES(X) \
     X(orphans_are_reaped_and_told_to_nobody) X(another_threads_child_is_left_to_it) \
-    X(an_ended_threads_child_is_left_to_its_author) X(a_stolen_status) X(a_watched_pid) X(a_late_wake_up_is_taken) \
+    X(an_ended_threads_child_is_left_to_its_author) X(a_stolen_status) X(a_zombie_that_has_been_told) X(a_watched_pid) X(a_late_wake_up_is_taken) \
     X(timers_in_order) X(signals) X(unfinished)
 BODIES(LED)
 
