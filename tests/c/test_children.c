@@ -257,7 +257,8 @@ static void unfinished(void)
     static void run_##body(void) { with_leader(body); }
 #define BODIES(X) \
     X(orphans_are_reaped_and_told_to_nobody) X(another_threads_child_is_left_to_it) \
-    X(an_ended_threads_child_is_left_to_its_author) X(a_stolen_status) X(a_zombie_that_has_been_told) X(a_watched_pid) X(a_late_wake_up_is_taken) \
+    X(an_ended_threads_child_is_left_to_its_author) X(a_stolen_status) X(a_zombie_that_has_been_told) \
+    X(a_watched_pid) X(a_late_wake_up_is_taken) \
     X(timers_in_order) X(signals) X(unfinished)
 BODIES(LED)
 
