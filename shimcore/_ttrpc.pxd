@@ -27,7 +27,7 @@ cdef extern from "core/server.h" nogil:
         size_t max_unsent
         bint check_peer
     enum:
-        SC_WORK_CALLS, SC_WORK_NOTES, SC_WORK_STOPPED, SC_WORK_WOKEN
+        SC_WORK_CALLS, SC_WORK_NOTES, SC_WORK_STOPPED, SC_WORK_WOKEN, SC_WORK_IDLE
         SC_NATIVE_STATE, SC_NATIVE_WAIT, SC_NATIVE_CONNECT
         SC_MAX_MESSAGE
         SC_INTERNAL, SC_UNKNOWN, SC_RESOURCE_EXHAUSTED
@@ -41,7 +41,7 @@ cdef extern from "core/server.h" nogil:
     void sc_server_stop(sc_server *s)
     void sc_server_wake(sc_server *s)
     unsigned sc_server_inflight(sc_server *s)
-    bint sc_server_idle(sc_server *s)
+    int sc_standin_start(sc_server *s)
     void sc_server_close_all(sc_server *s)
     void sc_call_unref(sc_call *k)
     void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message_len, const void *payload, size_t n,

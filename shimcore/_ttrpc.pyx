@@ -194,6 +194,9 @@ cdef class Server:
         self.running = True
         self.thread = get_ident()
         try:
+            work = sc_standin_start(self.s)
+            if work < 0:
+                raise OSError(-work, os.strerror(-work), "pthread_create")
             while True:
                 with nogil:
                     work = sc_server_wait(self.s)
@@ -206,7 +209,7 @@ cdef class Server:
                 if work & SC_WORK_NOTES:
                     for n in self.core.take():
                         self.note(n)
-                if self.draining and sc_server_idle(self.s):
+                if work & SC_WORK_IDLE:
                     self.idle.signal()
                 if work & SC_WORK_STOPPED:
                     break

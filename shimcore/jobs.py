@@ -73,7 +73,7 @@ class Task:
 
 
 class Pool:
-    """A few threads for what may block, made when they are first needed; submit() never waits."""
+    """A few threads for what may block, made when they are needed; all but one end when they are not. submit() never waits."""
 
     __slots__ = ("_lock", "_pending", "_queue", "_size", "_started")
 
@@ -112,6 +112,9 @@ class Pool:
             del call
             with self._lock:
                 self._pending -= 1
+                if 1 < self._started > self._pending:
+                    self._started -= 1
+                    return
 
 
 class _RunJob(Op):

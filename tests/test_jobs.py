@@ -300,6 +300,20 @@ def test_a_pool_uses_as_many_threads_as_it_needs() -> None:
     together.wait(HANG)
 
 
+def test_a_pool_keeps_one_thread_when_nothing_is_left_to_do() -> None:
+    pool, together, kept = jobs.Pool(4), threading.Barrier(5), threading.Event()
+    for _ in range(3):  # it makes them again
+        for _ in range(4):
+            pool.submit(lambda: together.wait(HANG))  # type: ignore[arg-type, return-value]
+        together.wait(HANG)
+        deadline = time.monotonic() + HANG
+        while pool._started != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    pool.submit(kept.set)
+    assert kept.wait(HANG)
+
+
 def test_a_pool_outlives_what_its_calls_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     from shimcore import logger
 

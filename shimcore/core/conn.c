@@ -16,6 +16,7 @@ void sc_conn_unref(sc_conn *c)
         return;
     close(c->fd);
     sc_buf_free(&c->in);
+    sc_buf_free(&c->lent);
     sc_buf_free(&c->out);
     pthread_mutex_destroy(&c->lock);
     sc_server_unref(c->srv);
@@ -151,6 +152,7 @@ void sc_call_unref(sc_call *k)
         return;
     sc_conn_unref(k->conn);
     free(k->metadata);
+    free(k->owned);
     free(k);
 }
 

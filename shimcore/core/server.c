@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 enum { K_LISTENER = 1, K_CONN, K_WAKE, K_MAIL };
-enum { RBUF = 262144 };
+
 #define ACCEPT_PAUSE_NS 50000000LL
 
 static int watch(sc_server *s, int fd, uint32_t events, void *ptr)
@@ -28,11 +28,14 @@ sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
     s->core = core;
     s->limits = *limits;
     s->ready_tail = &s->ready;
+    s->standin.ready_tail = &s->standin.ready;
+    pthread_mutex_init(&s->standin.role, NULL);
+    pthread_mutex_init(&s->dirty_lock, NULL);
     s->wake_kind = K_WAKE;
     s->mail_kind = K_MAIL;
     s->epfd = epoll_create1(EPOLL_CLOEXEC);
     s->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    s->rbuf = malloc(RBUF);
+    s->rbuf = malloc(SC_RBUF);
     if (s->epfd < 0 || s->wakefd < 0 || !s->rbuf || watch(s, s->wakefd, EPOLLIN, &s->wake_kind) < 0 ||
         watch(s, core->mailfd, EPOLLIN, &s->mail_kind) < 0) {
         int e = errno;
@@ -41,6 +44,13 @@ sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
         return NULL;
     }
     return s;
+}
+
+/* The mail is the RPC thread's alone, and level-triggered. */
+void sc_server_mail(sc_server *s, bool watched)
+{
+    struct epoll_event ev = {.events = watched ? EPOLLIN : 0, .data.ptr = &s->mail_kind};
+    epoll_ctl(s->epfd, EPOLL_CTL_MOD, s->core->mailfd, &ev);
 }
 
 static void close_listener(sc_server *s, struct listener *l)
@@ -79,6 +89,8 @@ void sc_server_unref(sc_server *s)
     }
     if (s->wakefd >= 0)
         close(s->wakefd);
+    pthread_mutex_destroy(&s->standin.role);
+    pthread_mutex_destroy(&s->dirty_lock);
     free(s->rbuf);
     free(s);
 }
@@ -138,20 +150,29 @@ void sc_server_wake(sc_server *s)
 
 void sc_conn_mark_dirty(sc_conn *c)
 {
-    if (c->dirty)
-        return;
-    c->dirty = true;
-    atomic_fetch_add(&c->refs, 1);
-    c->next_dirty = c->srv->dirty;
-    c->srv->dirty = c;
+    sc_server *s = c->srv;
+    pthread_mutex_lock(&s->dirty_lock);
+    if (!c->dirty) {
+        c->dirty = true;
+        atomic_fetch_add(&c->refs, 1);
+        c->next_dirty = s->dirty;
+        s->dirty = c;
+    }
+    pthread_mutex_unlock(&s->dirty_lock);
 }
 
 void sc_server_flush(sc_server *s)
 {
-    while (s->dirty) {
+    for (;;) {
+        pthread_mutex_lock(&s->dirty_lock);
         sc_conn *c = s->dirty;
-        s->dirty = c->next_dirty;
-        c->dirty = false;
+        if (c) {
+            s->dirty = c->next_dirty;
+            c->dirty = false;
+        }
+        pthread_mutex_unlock(&s->dirty_lock);
+        if (!c)
+            return;
         sc_conn_flush(c);
         sc_conn_unref(c);
     }
@@ -209,6 +230,7 @@ static void drop(sc_server *s, sc_conn *c)
 
 void sc_server_close_all(sc_server *s)
 {
+    sc_standin_stop(s);
     for (unsigned i = 0; i < s->nlisteners; i++)
         close_listener(s, &s->listeners[i]);
     while (s->ready) {
@@ -468,8 +490,12 @@ static void request(sc_server *s, sc_conn *c, uint32_t stream, const uint8_t *da
         sc_call_unref(k);
     } else {
         k->method = r->index;
-        *s->ready_tail = k;
-        s->ready_tail = &k->next_ready;
+        if (s->standin.acting) {
+            sc_standin_hold(s, k);
+        } else {
+            *s->ready_tail = k;
+            s->ready_tail = &k->next_ready;
+        }
     }
 }
 
@@ -529,14 +555,25 @@ static bool quiet(sc_conn *c, bool ending)
 
 static void readable(sc_server *s, sc_conn *c, uint32_t ev)
 {
-    if (c->consumed) {
+    uint8_t *rbuf = s->standin.acting ? s->standin.rbuf : s->rbuf, *to = rbuf;
+    if (!s->standin.acting)
+        sc_buf_free(&c->lent);
+    if (c->consumed && s->standin.acting && !c->lent.p) { /* calls that the RPC thread has in hand may borrow these bytes */
+        sc_buf rest = {0};
+        if (!sc_buf_put(&rest, c->in.p + c->consumed, c->in.len - c->consumed)) {
+            drop(s, c);
+            return;
+        }
+        c->lent = c->in;
+        c->in = rest;
+        c->consumed = 0;
+    } else if (c->consumed) {
         sc_buf_shift(&c->in, c->consumed);
         c->consumed = 0;
         if (!c->in.len)
             sc_buf_free(&c->in);
     }
-    uint8_t *to = s->rbuf;
-    size_t room = RBUF;
+    size_t room = SC_RBUF;
     if (c->in.len) { /* the rest of a frame goes behind its beginning */
         size_t want = 65536;
         if (c->in.len >= SC_HEADER) {
@@ -566,7 +603,7 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
             drop(s, c);
         return;
     }
-    if (to == s->rbuf) {
+    if (to == rbuf) {
         ssize_t took = frames(s, c, to, (size_t)n);
         if (took < 0 || (took < n && !sc_buf_put(&c->in, to + took, (size_t)(n - took)))) {
             sc_conn_flush(c);
@@ -623,56 +660,78 @@ sc_call *sc_server_next(sc_server *s)
     return k;
 }
 
-int sc_server_wait(sc_server *s)
+static int handle(sc_server *s, struct epoll_event *e)
+{
+    uint64_t n;
+    switch (*(int *)e->data.ptr) {
+    case K_LISTENER: accept_all(s, e->data.ptr); return 0;
+    case K_CONN: {
+        /* With a server that drains, the last bytes of the last answer may have gone. */
+        int work = e->events & EPOLLOUT && atomic_load(&s->draining) ? SC_WORK_WOKEN : 0;
+        conn_ready(s, e->data.ptr, e->events);
+        return work;
+    }
+    case K_MAIL: return SC_WORK_NOTES;
+    case K_WAKE:
+        if (read(s->wakefd, &n, sizeof n) < 0) {
+            /* Somebody else's wake-up was taken with ours. */
+        }
+        reap_half_closed(s);
+        return SC_WORK_WOKEN;
+    }
+    return 0;
+}
+
+/* What epoll has told and nobody has handled yet; by the RPC thread, up to a call for Python. */
+int sc_server_handle(sc_server *s, bool standin)
 {
     int work = 0;
-    for (;;) {
-        while (s->at < s->nev && !s->ready) {
-            struct epoll_event *e = &s->evs[s->at++];
-            uint64_t n;
-            if (!e->data.ptr)
-                continue;
-            switch (*(int *)e->data.ptr) {
-            case K_LISTENER: accept_all(s, e->data.ptr); break;
-            case K_CONN:
-                if (e->events & EPOLLOUT && atomic_load(&s->draining))
-                    work |= SC_WORK_WOKEN; /* the last bytes of the last answer may have gone */
-                conn_ready(s, e->data.ptr, e->events);
-                break;
-            case K_MAIL: work |= SC_WORK_NOTES; break;
-            case K_WAKE:
-                if (read(s->wakefd, &n, sizeof n) < 0) {
-                    /* Somebody else's wake-up was taken with ours. */
-                }
-                work |= SC_WORK_WOKEN;
-                reap_half_closed(s);
-                break;
-            }
-        }
-        sc_server_flush(s); /* what C has answered does not wait for the handlers of this batch */
-        if (s->ready)
-            return work | SC_WORK_CALLS;
-        if (atomic_load(&s->draining))
-            for (unsigned i = 0; i < s->nlisteners; i++)
-                close_listener(s, &s->listeners[i]);
-        if (atomic_load(&s->stop))
-            return work | SC_WORK_STOPPED;
-        if (work)
-            return work;
-        int timeout = -1;
-        if (s->accept_again) {
-            int64_t left = s->accept_again - sc_now_mono();
-            if (left <= 0) {
-                s->accept_again = 0;
-                listeners_arm(s, EPOLLIN);
-            } else {
-                timeout = (int)(left / 1000000) + 1;
-            }
-        }
-        int n = epoll_wait(s->epfd, s->evs, sizeof s->evs / sizeof *s->evs, timeout);
-        s->at = 0;
-        s->nev = n > 0 ? n : 0;
+    while (s->at < s->nev && (standin || !s->ready)) {
+        struct epoll_event *e = &s->evs[s->at++];
+        if (e->data.ptr)
+            work |= handle(s, e);
     }
+    sc_server_flush(s); /* what C has answered does not wait for the handlers of this batch */
+    if ((standin || !s->ready) && atomic_load(&s->draining))
+        for (unsigned i = 0; i < s->nlisteners; i++)
+            close_listener(s, &s->listeners[i]);
+    return work;
+}
+
+void sc_server_poll(sc_server *s)
+{
+    int timeout = -1;
+    if (s->accept_again) {
+        int64_t left = s->accept_again - sc_now_mono();
+        if (left <= 0) {
+            s->accept_again = 0;
+            listeners_arm(s, EPOLLIN);
+        } else {
+            timeout = (int)(left / 1000000) + 1;
+        }
+    }
+    int n = epoll_wait(s->epfd, s->evs, sizeof s->evs / sizeof *s->evs, timeout);
+    s->at = 0;
+    s->nev = n > 0 ? n : 0;
+}
+
+int sc_server_wait(sc_server *s)
+{
+    int work = sc_standin_return(s);
+    for (;;) {
+        work |= sc_server_handle(s, false);
+        if (s->ready)
+            work |= SC_WORK_CALLS;
+        else if (atomic_load(&s->stop))
+            work |= SC_WORK_STOPPED;
+        if (work && atomic_load(&s->draining) && sc_server_idle(s))
+            work |= SC_WORK_IDLE;
+        if (work)
+            break;
+        sc_server_poll(s);
+    }
+    sc_standin_leave(s);
+    return work;
 }
 
 void sc_server_drain(sc_server *s)

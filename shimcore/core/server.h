@@ -1,7 +1,8 @@
 /* The RPC thread: connections, frames, routing; State, Wait and Connect answered from the exit table.
  *
- * One thread calls sc_server_wait in a loop and is the only one that reads, accepts and drops connections. Any thread may
- * reply. A connection's lock covers its queue of bytes and its list of calls, never a system call but epoll_ctl: who sends
+ * One thread calls sc_server_wait in a loop and is the only one that reads, accepts and drops connections, but for its stand-in
+ * (standin.c), which does so while that thread is kept away in Python: what is said here to belong to the RPC thread belongs to
+ * whoever holds `role`. Any thread may reply. A connection's lock covers its queue of bytes and its list of calls, never a system call but epoll_ctl: who sends
  * marks the connection, lets the lock go and sends; who finds it marked queues. The fd is closed by the last reference. */
 #ifndef SC_SERVER_H
 #define SC_SERVER_H
@@ -21,9 +22,12 @@ typedef struct sc_conn {
     /* RPC thread alone: */
     sc_buf in;       /* a frame that is not whole yet */
     size_t consumed; /* bytes of `in` that have been handled */
+    sc_buf lent;     /* an earlier `in`, whose bytes calls of the RPC thread may still borrow */
     size_t skip;     /* what is left of a frame that is too long */
     uint32_t last_stream;
-    bool eof, dirty;
+    bool eof;
+    /* under the server's dirty_lock: */
+    bool dirty;
     struct sc_conn *next_dirty;
     /* under lock: */
     pthread_mutex_t lock;
@@ -47,6 +51,7 @@ struct sc_call {
     atomic_bool done, cancelled;
     int64_t deadline;  /* ns of CLOCK_MONOTONIC; 0 none */
     sc_slice payload;  /* borrowed: until the next sc_server_wait */
+    uint8_t *owned;    /* or a copy, where the stand-in read it */
     uint8_t *metadata; /* a copy, NULL if there is none */
     size_t metadata_len;
     bool parked;
@@ -60,12 +65,14 @@ typedef struct {
     bool check_peer;
 } sc_limits;
 
-enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN = 8 };
+/* IDLE: draining, no call is left, and no answer is left to be sent. */
+enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN = 8, SC_WORK_IDLE = 16 };
 
 sc_server *sc_server_new(sc_core *, const sc_limits *);
 void sc_server_free(sc_server *);
 int sc_server_listen(sc_server *, int fd);
 /* native: 0 a Python method, else SC_NATIVE_*. Before the first wait only. */
+enum { SC_RBUF = 262144 }; /* bytes read at a time */
 enum { SC_NATIVE_STATE = 1, SC_NATIVE_WAIT, SC_NATIVE_CONNECT };
 int sc_server_method(sc_server *, const char *service, const char *method, int native, int index);
 /* Block for work; a mask of SC_WORK_*. */
@@ -76,8 +83,19 @@ void sc_server_wake(sc_server *);
 void sc_server_drain(sc_server *); /* no new connections or calls; any thread */
 void sc_server_stop(sc_server *);  /* sc_server_wait returns SC_WORK_STOPPED; any thread */
 unsigned sc_server_inflight(sc_server *); /* calls not answered yet; any thread */
-bool sc_server_idle(sc_server *);         /* none, and no answer is left to be sent; RPC thread */
+bool sc_server_idle(sc_server *);         /* none, and no answer is left to be sent; whoever holds the role */
 void sc_server_close_all(sc_server *); /* RPC thread, or after it has ended */
+
+/* standin.c: 0 or -errno. Stopped before sc_server_close_all. */
+int sc_standin_start(sc_server *);
+void sc_standin_stop(sc_server *);
+void sc_standin_leave(sc_server *); /* the RPC thread goes to Python, and gives up the role */
+int sc_standin_return(sc_server *); /* it is back, and has it again; what it has missed, as a mask of SC_WORK_* */
+void sc_standin_hold(sc_server *, sc_call *); /* for the RPC thread's return */
+/* server.c, for standin.c */
+int sc_server_handle(sc_server *, bool standin);
+void sc_server_poll(sc_server *);
+void sc_server_mail(sc_server *, bool watched);
 
 void sc_call_ref(sc_call *);
 void sc_call_unref(sc_call *);
@@ -101,6 +119,23 @@ struct sc_server {
     } listeners[8];
     unsigned nlisteners;
     int wake_kind, mail_kind;
+    struct standin {
+        pthread_t thread;
+        bool running;
+        pthread_mutex_t role;
+        atomic_uint moves;  /* odd: the RPC thread is away */
+        atomic_uint asleep; /* 1: it waits for the RPC thread to go */
+        atomic_bool back, quit;
+        pid_t pid;          /* whose thread it is */
+        atomic_uint acted;  /* times; for tests and statistics */
+        bool acting;        /* under role, as all below */
+        int missed;         /* SC_WORK_* for the RPC thread */
+        bool mail_muted;
+        sc_call *ready, **ready_tail;
+        size_t held;        /* bytes of the calls in `ready` */
+        uint8_t *rbuf;
+    } standin;
+    pthread_mutex_t dirty_lock;
     struct sc_route {
         struct sc_route *next;
         char *service, *method;

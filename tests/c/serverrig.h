@@ -6,7 +6,7 @@
 #include "rig.h"
 #include "server.h"
 
-enum { M_ECHO = 0, M_PARK, M_LARGE, M_FAIL };
+enum { M_ECHO = 0, M_PARK, M_LARGE, M_FAIL, M_HOLD };
 
 static sc_server *srv;
 static char srv_path[108];
@@ -17,6 +17,8 @@ static size_t nparked;
 static pthread_mutex_t park_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t park_cond = PTHREAD_COND_INITIALIZER;
 static size_t large_size = 1 << 20;
+/* "Hold" keeps the RPC thread until the test lets it go. */
+static bool srv_held, srv_let_go;
 
 static inline void srv_handle(sc_call *k)
 {
@@ -31,6 +33,17 @@ static inline void srv_handle(sc_call *k)
         free(p);
         break;
     }
+    case M_HOLD:
+        sc_call_reply(k, 0, NULL, 0, "held", 4, true); /* told once the batch is over */
+        pthread_mutex_lock(&park_lock);
+        srv_held = true;
+        pthread_cond_broadcast(&park_cond);
+        while (!srv_let_go)
+            pthread_cond_wait(&park_cond, &park_lock);
+        srv_held = srv_let_go = false;
+        pthread_cond_broadcast(&park_cond);
+        pthread_mutex_unlock(&park_lock);
+        break;
     case M_PARK:
         pthread_mutex_lock(&park_lock);
         CHECK(nparked < 64);
@@ -45,6 +58,7 @@ static inline void srv_handle(sc_call *k)
 
 static inline void *srv_loop(void *arg)
 {
+    CHECK_EQ(sc_standin_start(srv), 0);
     for (;;) {
         int work = sc_server_wait(srv);
         sc_call *k;
@@ -73,8 +87,8 @@ static inline void srv_start(const sc_limits *limits)
     CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&a, sizeof a) == 0 && listen(fd, 256) == 0);
     CHECK_EQ(chmod(srv_path, 0777), 0);
     CHECK_EQ(sc_server_listen(srv, fd), 0);
-    static const char *names[] = {"Echo", "Park", "Large", "Fail"};
-    for (int i = 0; i < 4; i++)
+    static const char *names[] = {"Echo", "Park", "Large", "Fail", "Hold"};
+    for (int i = 0; i < 5; i++)
         CHECK_EQ(sc_server_method(srv, "t.Test", names[i], 0, i), 0);
     CHECK_EQ(sc_server_method(srv, "t.Task", "State", SC_NATIVE_STATE, -1), 0);
     CHECK_EQ(sc_server_method(srv, "t.Task", "Wait", SC_NATIVE_WAIT, -1), 0);
@@ -93,6 +107,30 @@ static inline void srv_stop(void)
     sc_server_free(srv);
     srv = NULL;
     unlink(srv_path);
+}
+
+/* The RPC thread is away until srv_go. */
+static inline void srv_away(int fd, uint32_t stream)
+{
+    sc_buf b = {0};
+    CHECK(sc_request_frame(&b, stream, (sc_slice){(const uint8_t *)"t.Test", 6}, (sc_slice){(const uint8_t *)"Hold", 4},
+                           (sc_slice){NULL, 0}, 0));
+    CHECK_EQ(send(fd, b.p, b.len, MSG_NOSIGNAL), (ssize_t)b.len);
+    sc_buf_free(&b);
+    pthread_mutex_lock(&park_lock);
+    while (!srv_held)
+        pthread_cond_wait(&park_cond, &park_lock);
+    pthread_mutex_unlock(&park_lock);
+}
+
+static inline void srv_go(void)
+{
+    pthread_mutex_lock(&park_lock);
+    srv_let_go = true;
+    pthread_cond_broadcast(&park_cond);
+    while (srv_let_go)
+        pthread_cond_wait(&park_cond, &park_lock);
+    pthread_mutex_unlock(&park_lock);
 }
 
 static inline sc_call *srv_parked(void)
