@@ -74,7 +74,10 @@ $(SAN)/core/%.o: shimcore/core/%.c $(HEADERS)
 
 $(SAN)/test_%: tests/c/test_%.c $(SAN_OBJECTS) $(wildcard tests/c/*.h)
 	@mkdir -p $(@D)
-	$(CC) $(SAN_FLAGS) $< $(SAN_OBJECTS) -o $@
+	$(CC) $(SAN_FLAGS) $< $(SAN_OBJECTS) $(LINK_$*) -o $@
+
+# What the model decides itself: when a process dies, and when a record is written.
+LINK_model := -Wl,--wrap=sc_record,--wrap=sc_pidfd_open,--wrap=kill
 
 .SECONDARY: $(SAN_OBJECTS)
 sanitize: ## the C core's own tests under the address and undefined-behaviour sanitisers
