@@ -16,7 +16,7 @@ CFLAGS_CORE := -std=gnu11 -D_GNU_SOURCE= -Wall -Wextra -Werror -pthread -Ishimco
 SHIM := containerd-shim-runc-v2-py
 ARGS ?=
 
-.PHONY: help deps build run test lint shim sanitize protos bench trials clean
+.PHONY: help deps build run test lint shim sanitize protos bench bench-exits trials clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ protos: deps ## generate the protobuf modules from the .proto files in shimcore/
 bench: build ## time our shim beside the stock one, in one run
 	@$(PY) -m shimcore.install --dest build/shim
 	@$(PY) benchmarks/lifecycle.py --shim build/shim/$(SHIM) $(ARGS)
+
+bench-exits: build ## from the death of a process to its event on containerd's socket, ours beside a bare C loop, Go and Rust
+	@$(PY) -m benchmarks.exit_latency $(ARGS)
 
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)

@@ -334,7 +334,6 @@ def test_a_create_whose_caller_has_gone_is_taken_back(rig: Rig) -> None:
         ({"id": "../x"}, InvalidArgument),
         ({"id": "-x"}, InvalidArgument),
         ({"bundle": "relative"}, InvalidArgument),
-        ({"terminal": True}, Unimplemented),
         ({"checkpoint": "/x"}, Unimplemented),
         ({"stdout": "binary:///x"}, Unimplemented),
         ({"stdout": "/nonexistent/fifo"}, InvalidArgument),
@@ -476,7 +475,6 @@ def test_execs_start_side_by_side(rig: Rig) -> None:
     [
         ({"exec_id": "a/b"}, InvalidArgument),
         ({"exec_id": ""}, InvalidArgument),
-        ({"terminal": True}, Unimplemented),
         ({"spec": AnyMessage(value=b"{")}, InvalidArgument),
         ({"spec": AnyMessage(value=b"[]")}, InvalidArgument),
         ({"id": "other"}, NotFound),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from shimcore.errors import Closed, DeadlineExceeded, NotFound, ShimError, Unimplemented, Unknown
+from shimcore.errors import Closed, DeadlineExceeded, NotFound, ShimError, Unknown
 from shimcore.protos import types_pb2
 from shimcore.rig import DOWN, UP, ActivationError, LeakError, Rig
 from shimcore.rig.activate import GENERATIONS
@@ -238,11 +238,7 @@ def test_every_generation_of_containerd(shim: Path, rootfs: Path, generation: st
 
 def test_terminal(rig: Rig) -> None:
     container = rig.container(["sh", "-c", "tty; exit 4"], terminal=True)
-    try:
-        container.create()
-    except Unimplemented as error:
-        container.end()
-        pytest.xfail(str(error))
+    container.create()
     container.task.resize_pty(80, 25)
     container.start()
     assert container.wait() == 4

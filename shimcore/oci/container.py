@@ -91,7 +91,7 @@ class Container:
         self.init.open_io((self.options.io_uid, self.options.io_gid))
 
     def collect(self) -> int:
-        """The pid of the init that was made. Raises OSError, InvalidArgument."""
+        """The pid of the init that was made. Raises OSError, InvalidArgument, Unknown."""
         pid = read_pid_from_file(self.pid_file)
         # Before the slot is bound: a zombie that has been reaped has no cgroup.
         try:
@@ -99,6 +99,7 @@ class Container:
         except (OSError, ShimError) as error:
             logger.warn("cgroup of the container is not known", id=self.id, pid=pid, error=error)
         self._watch_oom(pid)
+        self.init.take_terminal()
         return pid
 
     def _watch_oom(self, pid: int) -> None:

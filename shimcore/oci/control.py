@@ -113,8 +113,12 @@ class Control(Task):
         return empty()
 
     async def resize_pty(self, request: task_pb2.ResizePtyRequest, context: Context) -> Empty:
-        """No process has a console, and resizing what has none succeeds."""
-        self.container(request.id).process(request.exec_id)
+        """Resizing what has no terminal succeeds, and one that has not been started yet gets the size with its terminal."""
+        process = self.container(request.id).process(request.exec_id)
+        try:
+            process.resize(request.width, request.height)
+        except OSError as error:
+            raise Unknown(f"the terminal can't be resized: {error.strerror}") from None
         return empty()
 
     # --- Pause, Resume, Update

@@ -18,10 +18,13 @@ from .stdio import Stdio, open_stdio
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .._reaper import Core, Slot
+    from .terminal import ConsoleSocket
 
 # Seconds between two looks at whether what an ended process wrote has been read: the first, and the longest.
 DRAIN_FIRST = 0.002
 DRAIN_LONGEST = 1.0
+# Seconds within which what was written to a terminal can be read.
+DRAIN_QUIET = 0.03
 
 
 class Process:
@@ -29,18 +32,23 @@ class Process:
 
     __slots__ = (
         "bundle",
+        "console_socket",
         "exec_id",
         "io",
+        "size",
         "slot",
         "spec",
         "stderr",
         "stdin",
         "stdin_closed",
         "stdout",
+        "terminal",
         "told",
     )
 
-    def __init__(self, slot: Slot, bundle: str, stdin: str, stdout: str, stderr: str, spec: bytes = b"") -> None:
+    def __init__(
+        self, slot: Slot, bundle: str, stdin: str, stdout: str, stderr: str, spec: bytes = b"", *, terminal: bool = False
+    ) -> None:
         self.slot = slot
         self.exec_id = slot.exec_id
         self.bundle = bundle
@@ -51,16 +59,49 @@ class Process:
         self.io: Stdio | None = None
         self.stdin_closed = False
         self.told = jobs.Event()
+        self.terminal = terminal
+        self.console_socket: ConsoleSocket | None = None  # while the runtime makes the process
+        self.size: tuple[int, int] | None = None  # width and height that were asked for before there was a terminal
 
     def open_io(self, owner: tuple[int, int] = (0, 0)) -> None:
         """For the pool."""
-        self.io = open_stdio(self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner)
+        self.io = open_stdio(
+            self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner, terminal=self.terminal
+        )
+        if self.terminal:
+            from .terminal import ConsoleSocket
+
+            self.console_socket = ConsoleSocket(self.bundle)
+
+    @property
+    def console_path(self) -> str:
+        """Where the runtime is to send the terminal; "" without one."""
+        return self.console_socket.path if self.console_socket is not None else ""
 
     def child_fds(self) -> dict[int, int]:
-        """What the runtime is given as 0, 1 and 2."""
-        if self.io is None:
-            return {}
-        return self.io.child_fds()
+        """What the runtime is given as 0, 1 and 2, and the folder of the console socket."""
+        fds = {} if self.io is None else self.io.child_fds()
+        if self.console_socket is not None:
+            fds.update(self.console_socket.fds)
+        return fds
+
+    def take_terminal(self) -> None:
+        """The runtime has made the process: fetch its terminal, if it has one. For the pool. Raises Unknown."""
+        if self.console_socket is None or self.io is None:
+            return
+        master = self.console_socket.receive()
+        self._close_console_socket()
+        self.io.attach(master, self.size)
+
+    def _close_console_socket(self) -> None:
+        if self.console_socket is not None:
+            self.console_socket.close()
+            self.console_socket = None
+
+    def resize(self, width: int, height: int) -> None:
+        """ResizePty; before there is a terminal it is kept for then. Raises OSError."""
+        if self.io is None or not self.io.resize(width, height):
+            self.size = (width, height)
 
     def io_started(self) -> None:
         if self.io is not None:
@@ -75,6 +116,7 @@ class Process:
             self.io.close_stdin()
 
     def close_io(self) -> None:
+        self._close_console_socket()
         if self.io is not None:
             self.io.close()
 
@@ -98,6 +140,22 @@ class Process:
             await jobs.sleep(pause)
             if io.process_ended():
                 return
+            pause = min(2 * pause, DRAIN_LONGEST)
+
+    async def drained(self, seconds: float) -> None:
+        """Wait until what the process wrote to its terminal has been handed on, at most so long; it has ended.
+
+        Programs that it has left behind may hold the terminal open for ever: then until nothing is to be read, twice, since the
+        kernel hands a terminal's bytes on by a worker of its own."""
+        if not self.terminal or self.io is None:
+            return
+        pause, quiet = DRAIN_FIRST, 0
+        while seconds > 0 and not self.io.drained():
+            quiet = quiet + 1 if pause >= DRAIN_QUIET and self.io.quiet() else 0
+            if quiet == 2:
+                return
+            await jobs.sleep(pause)
+            seconds -= pause
             pause = min(2 * pause, DRAIN_LONGEST)
 
     async def wait_told(self, core: Core, seconds: float) -> bool:

@@ -56,8 +56,13 @@ class Runtime:
             head.append("--systemd-cgroup")
         return [*head, *command]
 
-    def create(self, id: str, bundle: str, pid_file: str, *, no_pivot: bool = False, no_new_keyring: bool = False) -> list[str]:
+    def create(
+        self, id: str, bundle: str, pid_file: str, *, no_pivot: bool = False, no_new_keyring: bool = False, console: str = ""
+    ) -> list[str]:
+        """console: the path of the socket to send the terminal to, "" without a terminal."""
         flags = ["--bundle", bundle, "--pid-file", pid_file]
+        if console:
+            flags += ["--console-socket", console]
         if no_pivot:
             flags.append("--no-pivot")
         if no_new_keyring:
@@ -67,9 +72,12 @@ class Runtime:
     def start(self, id: str) -> list[str]:
         return self.argv("start", id)
 
-    def exec(self, id: str, process_file: str, pid_file: str, log: str) -> list[str]:
+    def exec(self, id: str, process_file: str, pid_file: str, log: str, console: str = "") -> list[str]:
         """log: each exec has its own, since several run at once and one must not be told another's error."""
-        return self.argv("exec", "--process", process_file, "--detach", "--pid-file", pid_file, id, log=log)
+        flags = ["--process", process_file, "--detach", "--pid-file", pid_file]
+        if console:
+            flags += ["--console-socket", console]
+        return self.argv("exec", *flags, id, log=log)
 
     def delete(self, id: str, *, force: bool = False) -> list[str]:
         return self.argv("delete", "--force", id) if force else self.argv("delete", id)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Seconds that Delete of a container that was never started waits for the exit of the init it has killed.
 KILLED_INIT_TIMEOUT = 10.0
+# Seconds that Delete waits for a terminal's last output to be taken.
+DRAIN_TIMEOUT = 10.0
 # Seconds after which a shim ends whose only Create was taken back because its caller had gone: nobody will
 # say Shutdown.
 ORPHAN_TIMEOUT = 10.0
@@ -45,13 +47,11 @@ class RuncTask(Control):
         check_id(request.id, "container id")
         if not request.bundle.startswith("/"):
             raise InvalidArgument(f"bundle {request.bundle!r} is not an absolute path")
-        if request.terminal:
-            raise Unimplemented("terminals are not implemented")
         if request.checkpoint:
             raise Unimplemented("restoring a checkpoint is not implemented")
         stdio.check(request.stdin, request.stdout, request.stderr)
         slot = self.core.open(request.id, _constant_state(request, request.bundle))
-        init = Process(slot, request.bundle, request.stdin, request.stdout, request.stderr)
+        init = Process(slot, request.bundle, request.stdin, request.stdout, request.stderr, terminal=request.terminal)
         container = Container(request.id, self.namespace, request.bundle, init)
         slot.cookie = init
         self.containers[request.id] = container
@@ -81,6 +81,7 @@ class RuncTask(Control):
                 container.pid_file,
                 no_pivot=container.options.no_pivot_root,
                 no_new_keyring=container.options.no_new_keyring,
+                console=container.init.console_path,
             )
             result = await self.run(context, runc.CREATE_TIMEOUT, argv, container.init.child_fds())
             if result.status != 0:
@@ -165,12 +166,12 @@ class RuncTask(Control):
         bound = False
         try:
             await jobs.in_pool(_prepare_exec, files, process, owner)
-            argv = container.runtime.exec(container.id, files.spec, files.pid, files.log)
+            argv = container.runtime.exec(container.id, files.spec, files.pid, files.log, process.console_path)
             result = await self.run(context, runc.EXEC_TIMEOUT, argv, process.child_fds())
             if result.status != 0:
                 log = await jobs.in_pool(files.read_log)
                 raise runc.failure("OCI runtime exec failed", result, log)
-            pid = await jobs.in_pool(files.collect)
+            pid = await jobs.in_pool(_collect_exec, files, process)
             slot.bind(pid)
             bound = True
         except Exception:
@@ -192,13 +193,13 @@ class RuncTask(Control):
     async def exec(self, request: task_pb2.ExecProcessRequest, context: Context) -> Empty:
         container = self.container(request.id)
         check_id(request.exec_id, "exec id")
-        if request.terminal:
-            raise Unimplemented("terminals are not implemented")
         stdio.check(request.stdin, request.stdout, request.stderr)
         self.check(container, state.ADD_EXEC)
         spec = exec_spec(request.spec.value, request.terminal)
         slot = self.core.reserve(request.id, request.exec_id, _constant_state(request, container.bundle))
-        process = Process(slot, container.bundle, request.stdin, request.stdout, request.stderr, spec)
+        process = Process(
+            slot, container.bundle, request.stdin, request.stdout, request.stderr, spec, terminal=request.terminal
+        )
         slot.cookie = process
         container.execs[request.exec_id] = process
         event = events_pb2.TaskExecAdded(container_id=container.id, exec_id=request.exec_id)
@@ -221,6 +222,7 @@ class RuncTask(Control):
         slot = process.slot
         state.check(state.EXEC, state_of(slot), state.DELETE)
         response = _exit_of(slot)
+        await process.drained(DRAIN_TIMEOUT)
         process.forget()
         container.execs.pop(process.exec_id, None)
         process.close_io()
@@ -243,6 +245,7 @@ class RuncTask(Control):
                 if result.status != 0:
                     raise error
         await jobs.in_pool(container.unmount)
+        await container.init.drained(DRAIN_TIMEOUT)
         container.close_io()
         response = _exit_of(slot)
         event = events_pb2.TaskDelete(
@@ -299,6 +302,11 @@ def _exit_of(slot: Slot) -> task_pb2.DeleteResponse:
 def _prepare_exec(files: ExecFiles, process: Process, owner: tuple[int, int]) -> None:
     files.write_spec(process.spec)
     process.open_io(owner)
+
+
+def _collect_exec(files: ExecFiles, process: Process) -> int:
+    process.take_terminal()  # first: who fails here still finds the pid file
+    return files.collect()
 
 
 def _undo_exec(files: ExecFiles, container: Container) -> None:

@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr of a process, handed to it directly: no byte passes through the shim.
+"""stdin, stdout and stderr of a process, handed to it directly: no byte passes through the shim, but for a terminal's (relay).
 
 FIFOs (a plain path, or fifo://). Of stdout and stderr we open the read end first, then the write end, so that
 neither open waits for containerd; both are ours while the process lives. So its writes never meet a FIFO
@@ -25,6 +25,8 @@ from ..errors import InvalidArgument, Unimplemented
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from .relay import Console
 
 FIONREAD = 0x541B  # termios.FIONREAD, without termios
 _NULL = "/dev/null"
@@ -75,10 +77,14 @@ class _Stream:
 class Stdio:
     """The open ends for one process. Made by open_stdio on the pool, then owned by the RPC thread."""
 
-    __slots__ = ("_child", "_closed", "_stdin_hold", "_streams")
+    __slots__ = ("_child", "_closed", "_console", "_input", "_output", "_stdin_hold", "_streams")
 
     def __init__(self) -> None:
         self._child: dict[int, int] = {}  # the child's fd -> ours
+        # With a terminal: what the client writes and reads, and what carries it.
+        self._input = -1
+        self._output = -1
+        self._console: Console | None = None
         self._streams: list[_Stream] = []
         self._stdin_hold = -1
         self._closed = False
@@ -95,6 +101,29 @@ class Stdio:
                 os.close(fd)
         self._child = {}
 
+    def attach(self, master: int, size: tuple[int, int] | None) -> None:
+        """The terminal has come, and is carried from now on. size: width and height, if it was set before. For the pool."""
+        from .relay import carry
+
+        self._console = carry(master, self._input, self._output)
+        if size is not None:
+            self._console.resize(*size)
+
+    def resize(self, width: int, height: int) -> bool:
+        """Set the size of the terminal; whether there is one. Raises OSError."""
+        if self._console is None:
+            return False
+        self._console.resize(width, height)
+        return True
+
+    def drained(self) -> bool:
+        """Whether all that was written to the terminal is in the client's FIFO or file, and nobody can write more."""
+        return self._console is None or self._console.drained
+
+    def quiet(self) -> bool:
+        """The same, but some program may still have the terminal."""
+        return self._console is None or self._console.quiet()
+
     def close_stdin(self) -> None:
         """CloseIO: the process reads to the end of what was written and then sees the end of the file.
         Idempotent."""
@@ -106,6 +135,8 @@ class Stdio:
         """Close our write end of each stream that has been read up; whether none is left. Call it again while
         there are."""
         self.close_stdin()
+        if self._console is not None and not self._console.drained:
+            return False
         left = False
         for stream in self._streams:
             if stream.write_fd < 0:
@@ -114,6 +145,8 @@ class Stdio:
                 left = True
             else:
                 fd, stream.write_fd = stream.write_fd, -1
+                if fd == self._output:
+                    self._output = -1
                 os.close(fd)
         return not left
 
@@ -124,6 +157,13 @@ class Stdio:
         self._closed = True
         self.started()
         self.close_stdin()
+        if self._console is not None:
+            self._console.close()
+        owned = [stream.write_fd for stream in self._streams]
+        for fd in (self._input, self._output):
+            if fd >= 0 and fd not in owned:
+                os.close(fd)
+        self._input = self._output = -1
         for stream in self._streams:
             if stream.write_fd >= 0:
                 os.close(stream.write_fd)
@@ -134,6 +174,22 @@ class Stdio:
 
     def _open_null(self, number: int) -> None:
         self._child[number] = os.open(_NULL, (os.O_RDONLY if number == 0 else os.O_WRONLY) | os.O_CLOEXEC)
+
+    def _for_terminal(self) -> None:
+        """What was opened for the process is the terminal's; the runtime itself gets /dev/null."""
+        for number in (0, 1):
+            fd = self._child[number]
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISCHR(mode):  # /dev/null: nothing to read, nobody to write to
+                continue
+            if number == 0 and not stat.S_ISFIFO(mode):
+                raise InvalidArgument("stdin of a terminal is neither a FIFO nor empty")
+            if number == 0:
+                self._input = fd
+            else:
+                self._output = fd
+            del self._child[number]
+            self._open_null(number)
 
     def _open_input(self, path: str, hold: bool) -> None:
         def as_fifo(name: str) -> None:
@@ -209,11 +265,20 @@ def _through_path(path: str, as_fifo: Callable[[str], None], as_file: Callable[[
         os.close(fd)
 
 
-def open_stdio(stdin: str, stdout: str, stderr: str, *, hold_stdin: bool = True, owner: tuple[int, int] = (0, 0)) -> Stdio:
+def open_stdio(
+    stdin: str,
+    stdout: str,
+    stderr: str,
+    *,
+    hold_stdin: bool = True,
+    owner: tuple[int, int] = (0, 0),
+    terminal: bool = False,
+) -> Stdio:
     """Open everything for one process; for the pool.
 
-    hold_stdin: False when CloseIO came before the process. owner: uid and gid of the FIFOs of output (io_uid,
-    io_gid). Raises InvalidArgument, Unimplemented, OSError; nothing is left open then."""
+    terminal: they are for a terminal, which attach() brings; stderr is not used then. hold_stdin: False when CloseIO came
+    before the process. owner: uid and gid of the FIFOs of output (io_uid, io_gid). Raises InvalidArgument, Unimplemented,
+    OSError; nothing is left open then."""
     io = Stdio()
     try:
         scheme, path = _split(stdin)
@@ -221,12 +286,14 @@ def open_stdio(stdin: str, stdout: str, stderr: str, *, hold_stdin: bool = True,
             io._open_input(path, hold_stdin)
         else:
             io._open_null(0)
-        for number, uri in ((1, stdout), (2, stderr)):
+        for number, uri in ((1, stdout), (2, "" if terminal else stderr)):
             scheme, path = _split(uri)
             if scheme:
                 io._open_output(number, scheme, path, owner)
             else:
                 io._open_null(number)
+        if terminal:
+            io._for_terminal()
     except BaseException:
         io.close()
         raise

@@ -1,0 +1,214 @@
+"""The bytes of terminals, carried between a console and its FIFOs by one thread for all of a shim's terminals.
+
+The thread is made with the first terminal. Nothing is read that has no room: a reader that has stopped makes the console's
+program wait, as a terminal does, and delays no other. When the last process has closed the terminal, what is left of its output
+is handed on, and then the console has hung up (`over`).
+"""
+
+from __future__ import annotations
+
+import os
+from _thread import allocate_lock, start_new_thread
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, POLLIN, epoll, poll
+
+from .. import logger
+
+ROOM = 65536  # bytes that are held of each direction
+
+
+class Console:
+    """One terminal under way. master: the console's fd, which this owns. input, output: fds or -1; the caller's, and open until
+    `over` is true or close() has returned."""
+
+    __slots__ = ("_events", "_from", "_out", "_relay", "closed", "input", "master", "output", "over")
+
+    def __init__(self, relay: Relay, master: int, input: int, output: int) -> None:
+        self._relay = relay
+        self._from = b""  # on its way to the program
+        self._out = b""  # on its way to the reader
+        self._events: dict[int, int] = {}  # fd -> what epoll is asked for
+        self.master = master
+        self.input = input
+        self.output = output
+        self.closed = False
+        self.over = False
+
+    def resize(self, width: int, height: int) -> None:
+        """Set the window's size, in characters; the program gets SIGWINCH. Raises OSError."""
+        with self._relay.lock:
+            if not self.closed:
+                set_size(self.master, width, height)
+
+    def close(self) -> None:
+        """Hang up: what is left of the program's session gets SIGHUP. Idempotent."""
+        self._relay.close(self)
+
+    # --- the relay's thread, under its lock
+
+    def wanted(self) -> dict[int, int]:
+        """What to wait for now."""
+        want: dict[int, int] = {}
+        if self.input >= 0 and len(self._from) < ROOM and not self.over:
+            want[self.input] = EPOLLIN
+        if self.output >= 0 and self._out:
+            want[self.output] = EPOLLOUT
+        if not self.over:
+            events = (EPOLLIN if len(self._out) < ROOM else 0) | (EPOLLOUT if self._from else 0)
+            if events:
+                want[self.master] = events
+        return want
+
+    def ready(self, fd: int, events: int) -> None:
+        if fd == self.master:
+            if events & (EPOLLIN | EPOLLHUP | EPOLLERR) and len(self._out) < ROOM:
+                self._read_master()
+            if events & EPOLLOUT and self._from and not self.over:
+                self._from = _write(fd, self._from)
+        elif fd == self.input:
+            data = _read(fd)
+            if data == b"":
+                self.input = -1  # CloseIO, and no writer is left: a terminal goes on without input
+            elif data is not None:
+                self._from += data
+        elif fd == self.output and self._out:
+            self._out = _write(fd, self._out)
+
+    def flush(self) -> None:
+        while self._out:
+            self._out = _write(self.output, self._out)
+
+    def _read_master(self) -> None:
+        data = _read(self.master)
+        if data is None:
+            return
+        if data == b"":
+            self.over = True  # nobody has the terminal open any more
+            self._from = b""
+        elif self.output >= 0:
+            self._out += data
+            self._out = _write(self.output, self._out)
+
+    @property
+    def drained(self) -> bool:
+        """Nothing is left to be handed on, and nothing comes."""
+        return self.over and not self._out
+
+    def quiet(self) -> bool:
+        """Nothing is left to be handed on now; more may come of programs that still have the terminal."""
+        with self._relay.lock:
+            if self.closed or self.drained:
+                return True
+            look = poll()
+            look.register(self.master, POLLIN)
+            return not self._out and not look.poll(0)
+
+
+def _read(fd: int) -> bytes | None:
+    """None: nothing yet; b"": the end."""
+    try:
+        return os.read(fd, ROOM)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:  # EIO: the other side of a console is closed
+        return b""
+
+
+def _write(fd: int, data: bytes) -> bytes:
+    """What is left of it. Of a peer that has gone for good, nothing."""
+    try:
+        return data[os.write(fd, data) :]
+    except (BlockingIOError, InterruptedError):
+        return data
+    except OSError:
+        return b""
+
+
+def set_size(master: int, width: int, height: int) -> None:
+    """TIOCSWINSZ: rows and columns as two 16-bit numbers, and two for pixels. Raises OSError."""
+    from fcntl import ioctl
+
+    tiocswinsz = 0x5414
+    ioctl(master, tiocswinsz, b"".join(n.to_bytes(2, "little") for n in (height & 0xFFFF, width & 0xFFFF, 0, 0)))
+
+
+class Relay:
+    """The thread, its epoll, and the consoles that it carries."""
+
+    def __init__(self) -> None:
+        self.lock = allocate_lock()
+        self._epoll = epoll()
+        self._owner: dict[int, Console] = {}
+        self._running = False
+
+    def add(self, master: int, input: int, output: int) -> Console:
+        """Carry a console; from now on it owns `master`. All fds are made non-blocking."""
+        for fd in (master, input, output):
+            if fd >= 0:
+                os.set_blocking(fd, False)
+        console = Console(self, master, input, output)
+        with self.lock:
+            self._arm(console)
+            start, self._running = not self._running, True
+        if start:
+            start_new_thread(self._run, ())
+        return console
+
+    def close(self, console: Console) -> None:
+        with self.lock:
+            if console.closed:
+                return
+            console.closed = True
+            self._disarm(console)
+            os.close(console.master)
+
+    def _arm(self, console: Console) -> None:
+        want = console.wanted()
+        have = console._events
+        for fd in [fd for fd in have if fd not in want]:
+            del have[fd], self._owner[fd]
+            self._epoll.unregister(fd)
+        for fd, events in want.items():
+            if fd not in have:
+                try:
+                    self._epoll.register(fd, events)
+                except PermissionError:  # a file, which takes all at once
+                    console.flush()
+                    continue
+                self._owner[fd] = console
+            elif have[fd] != events:
+                self._epoll.modify(fd, events)
+            have[fd] = events
+
+    def _disarm(self, console: Console) -> None:
+        for fd in console._events:
+            del self._owner[fd]
+            self._epoll.unregister(fd)
+        console._events.clear()
+
+    def _run(self) -> None:
+        while True:
+            for fd, events in self._epoll.poll():
+                with self.lock:
+                    console = self._owner.get(fd)
+                    if console is None:  # closed since
+                        continue
+                    try:
+                        console.ready(fd, events)
+                        self._arm(console)
+                    except Exception as error:  # one console's trouble is not the others'
+                        logger.error("a terminal is given up", error=repr(error))
+                        self._disarm(console)
+                        console.over, console._out = True, b""
+
+
+_relay: Relay | None = None
+_relay_lock = allocate_lock()
+
+
+def carry(master: int, input: int, output: int) -> Console:
+    """Carry a console's bytes by this process's relay. See Relay.add."""
+    global _relay
+    with _relay_lock:
+        if _relay is None:
+            _relay = Relay()
+    return _relay.add(master, input, output)
