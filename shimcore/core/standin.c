@@ -7,7 +7,7 @@
  * that need Python, in order, for its return.
  *
  * AWAY_NS is twice the time after which CPython asks a thread that computes for its lock. With less, the stand-in acts beside each
- * spinning thread, for nothing, and its hand-offs cost exits their place on the processor (p99 of 2 ms instead of 0.2).
+ * spinning thread, for nothing, and its hand-offs take processor time from exits.
  *
  * While calls come often it looks once in AWAY_NS; else it sleeps until the RPC thread goes away, so an idle server has no ticks.
  *
