@@ -19,7 +19,7 @@ ARGS ?=
 .PHONY: help deps build run test lint shim sanitize protos bench bench-exits trials clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## install what the machine lacks (Debian packages; Python packages into .venv)
 	@tools/deps

@@ -195,8 +195,10 @@ cdef class Server:
         self.thread = get_ident()
         try:
             work = sc_standin_start(self.s)
-            if work < 0:
-                raise OSError(-work, os.strerror(-work), "pthread_create")
+            if work < 0:  # it serves without: State may wait for Python then
+                from . import logger
+
+                logger.warn("no stand-in for the RPC thread", error=os.strerror(-work))
             while True:
                 with nogil:
                     work = sc_server_wait(self.s)

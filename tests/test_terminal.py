@@ -238,6 +238,23 @@ def test_output_to_a_file(ours: Rig, tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"".join(b"%d\r\n" % n for n in range(1, 20001))
 
 
+def test_output_to_another_terminal(ours: Rig) -> None:
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    try:
+        container = ours.container(["sh", "-c", "echo here; exit 2"], terminal=True)
+        container.stdio.stdout, kept = os.ttyname(slave), container.stdio.stdout
+        container.create()
+        container.start()
+        assert container.wait() == 2
+        container.stdio.stdout = kept
+        container.delete()
+        assert os.read(master, 100).startswith(b"here")
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
 def test_input_from_a_file_is_refused(ours: Rig, tmp_path: Path) -> None:
     container = ours.container(["sh"], terminal=True)
     (tmp_path / "in").write_text("exit\n")

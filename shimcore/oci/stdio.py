@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FIONREAD = 0x541B  # termios.FIONREAD, without termios
 _NULL = "/dev/null"
+_NULL_DEVICE = os.makedev(1, 3)
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -179,10 +180,10 @@ class Stdio:
         """What was opened for the process is the terminal's; the runtime itself gets /dev/null."""
         for number in (0, 1):
             fd = self._child[number]
-            mode = os.fstat(fd).st_mode
-            if stat.S_ISCHR(mode):  # /dev/null: nothing to read, nobody to write to
+            found = os.fstat(fd)
+            if stat.S_ISCHR(found.st_mode) and found.st_rdev == _NULL_DEVICE:  # nothing to read, nobody to write to
                 continue
-            if number == 0 and not stat.S_ISFIFO(mode):
+            if number == 0 and not stat.S_ISFIFO(found.st_mode):
                 raise InvalidArgument("stdin of a terminal is neither a FIFO nor empty")
             if number == 0:
                 self._input = fd
