@@ -125,6 +125,7 @@ cdef extern from "core/exits.h" nogil:
     int sc_watch_pid(sc_core *c, pid_t pid)
     void sc_post(sc_core *c, int kind, void *ptr, int64_t a, int64_t b, int64_t x)
     sc_note *sc_take_notes(sc_core *c)
+    bint sc_has_notes(sc_core *c)
     int sc_wait_notes(sc_core *c, int64_t timeout_ns)
     sc_event *sc_event_new(sc_core *c, sc_slice topic, sc_slice type_url, sc_slice payload, const char *id,
                            const char *exec_id)

@@ -4,7 +4,7 @@
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
-from ._reaper cimport Core, sc_now_mono
+from ._reaper cimport Core, sc_has_notes, sc_now_mono
 
 import os
 from _thread import get_ident
@@ -202,15 +202,16 @@ cdef class Server:
             while True:
                 with nogil:
                     work = sc_server_wait(self.s)
+                # First, so that a handler knows of the exits that its caller has been told of.
+                if work & SC_WORK_NOTES or (work & SC_WORK_CALLS and sc_has_notes(self.core.p)):
+                    for n in self.core.take():
+                        self.note(n)
                 if work & SC_WORK_CALLS:
                     while True:
                         k = sc_server_next(self.s)
                         if k == NULL:
                             break
                         self.dispatch(k)
-                if work & SC_WORK_NOTES:
-                    for n in self.core.take():
-                        self.note(n)
                 if work & SC_WORK_IDLE:
                     self.idle.signal()
                 if work & SC_WORK_STOPPED:

@@ -32,6 +32,21 @@ def test_nofile_is_raised_here_and_as_before_in_children() -> None:
     assert text == f"(200, {hard}) {hard}\n200\n"
 
 
+def test_the_exit_thread_is_preferred_and_nobody_inherits_it() -> None:
+    """A container that inherited it would take the cores from everybody else."""
+    assert script("""
+        core = _reaper.Core("ns", "")
+        nice = lambda pid: os.getpriority(os.PRIO_PROCESS, pid)
+        def body():
+            until(lambda: nice(os.getpid()) == -20)
+            child, _ = _reaper.spawn(["sleep", "100"])
+            print(nice(threading.get_native_id()), nice(child))
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        led(core, body)
+    """) == "0 0\n"
+
+
 def test_orphans_are_reaped_counted_and_told_to_nobody() -> None:
     script("""
         core = _reaper.Core("ns", "")

@@ -26,6 +26,7 @@ BATCH = 50  # processes at their gates at once
 SETTINGS = ("idle", "callers", "spin")
 PLACES = ("free", "pinned")
 SPIN_ID = "io.containerd.bench-spin.v1"
+SPIN_FILE = "containerd-shim-bench-spin-v1"
 BURST_ID = "io.containerd.bench-burst.v1"
 
 Samples = dict[tuple[str, str, str], list[Death]]  # of (place, setting, side)
@@ -69,7 +70,7 @@ def run_place(options: argparse.Namespace, place: Place, where: str, samples: Sa
         peers += add(try_shim("Go", place, options.go)) if options.go else []
         peers += add(try_shim("Rust", place, options.rust)) if options.rust else []
         for name, binary in options.also:
-            peers += add(ShimSide(name, place, binary))
+            peers += add((SpinSide if SPIN_FILE in binary else ShimSide)(name, place, binary))
         ours = add(ShimSide("ours", place, options.shim))
         spinning = add(SpinSide("ours", place, options.spin_shim)) if "spin" in options.settings else []
         rounds = -(-options.deaths // BATCH)
@@ -107,7 +108,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shim", help="our shim (default: one is installed below build/)")
     parser.add_argument("--go", default=shutil.which("containerd-shim-runc-v2") or "", help="Go's shim; empty: without")
     parser.add_argument("--rust", default=shutil.which("containerd-shim-runc-v2-rs") or "", help="Rust's shim")
-    parser.add_argument("--also", action="append", default=[], metavar="NAME=PATH", help="another shim, as ours of another day")
+    also = f"another shim, as ours of another day ({SPIN_FILE}: the handler spins)"
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=PATH", help=also)
     parser.add_argument("--pause", type=int, default=0, help="ms between two deaths, in which cores fall asleep and caches cool")
     parser.add_argument("--deaths", type=int, default=3000, help="of each side in each setting (default: %(default)s)")
     parser.add_argument("--exits", type=int, default=10000, help="in a burst (default: %(default)s)")

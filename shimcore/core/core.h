@@ -221,6 +221,8 @@ struct sc_core {
     sc_stats stats;
     pthread_mutex_t mail_lock;
     sc_note *mail, **mail_tail;
+    bool mail_rung; /* mailfd has been written since the notes were taken */
+    sc_timer told_timer;
     int mailfd;
 };
 
@@ -252,7 +254,11 @@ bool sc_early_take(sc_core *, pid_t pid, sc_early *out);
 int sc_watch_pid(sc_core *, pid_t pid);
 
 /* mailbox.c */
+enum { SC_TOLD_QUIET_NS = 1000000 };
 void sc_post(sc_core *, int kind, void *ptr, int64_t a, int64_t b, int64_t c);
+void sc_post_told(sc_core *, sc_slot *); /* under the lock; rings later */
+void sc_told_ring(sc_core *, sc_timer *);
+bool sc_has_notes(sc_core *);
 sc_note *sc_take_notes(sc_core *);
 int sc_wait_notes(sc_core *, int64_t timeout_ns);
 

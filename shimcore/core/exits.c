@@ -322,7 +322,7 @@ static void tell(sc_slot *s)
         sc_core_wake(c);
     answer_waits(s);
     sc_slot_ref(s);
-    sc_post(c, SC_NOTE_TOLD, s, 0, 0, 0);
+    sc_post_told(c, s);
     if (s->init) {
         s->init->busy--;
         sc_tell_if_due(s->init);

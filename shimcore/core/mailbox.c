@@ -1,11 +1,23 @@
-/* What the exit thread has for Python: a list and an eventfd. Its own lock, so that a reader never waits for the table's. */
+/* What the exit thread has for Python: a list and an eventfd. Its own lock, so that a reader never waits for the table's.
+ *
+ * A note that an exit was told does not ring at once. Nobody waits for it, and the thread that it wakes would run at the very
+ * moment at which containerd reads the event, where both may need the same core, and ask a handler that computes for the
+ * interpreter's lock. It rings after SC_TOLD_QUIET_NS, or comes with the next note or call. */
 #include "core.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <unistd.h>
 
-void sc_post(sc_core *c, int kind, void *ptr, int64_t a, int64_t b, int64_t x)
+static void ring(sc_core *c)
+{
+    uint64_t one = 1;
+    if (write(c->mailfd, &one, sizeof one) < 0) {
+        /* EAGAIN: the reader is being woken already. */
+    }
+}
+
+static void post(sc_core *c, int kind, void *ptr, int64_t a, int64_t b, int64_t x, bool aloud)
 {
     sc_note *n = malloc(sizeof *n);
     while (!n) { /* a note is an RPC's answer: waiting for memory is better than losing it */
@@ -14,15 +26,47 @@ void sc_post(sc_core *c, int kind, void *ptr, int64_t a, int64_t b, int64_t x)
     }
     *n = (sc_note){.kind = kind, .ptr = ptr, .a = a, .b = b, .c = x};
     pthread_mutex_lock(&c->mail_lock);
-    bool first = !c->mail;
+    bool rings = aloud && !c->mail_rung;
+    c->mail_rung |= aloud;
     *c->mail_tail = n;
     c->mail_tail = &n->next;
     c->stats.notes++;
     pthread_mutex_unlock(&c->mail_lock);
-    uint64_t one = 1;
-    if (first && write(c->mailfd, &one, sizeof one) < 0) {
-        /* EAGAIN: the reader is being woken already. */
-    }
+    if (rings)
+        ring(c);
+}
+
+void sc_post(sc_core *c, int kind, void *ptr, int64_t a, int64_t b, int64_t x)
+{
+    post(c, kind, ptr, a, b, x, true);
+}
+
+void sc_post_told(sc_core *c, sc_slot *s)
+{
+    post(c, SC_NOTE_TOLD, s, 0, 0, 0, false);
+    if (!c->told_timer.at)
+        sc_timer_set(c, &c->told_timer, sc_now_mono() + SC_TOLD_QUIET_NS);
+    if (!c->told_timer.at)
+        sc_told_ring(c, &c->told_timer); /* out of memory */
+}
+
+void sc_told_ring(sc_core *c, sc_timer *t)
+{
+    (void)t;
+    pthread_mutex_lock(&c->mail_lock);
+    bool rings = c->mail && !c->mail_rung;
+    c->mail_rung |= rings;
+    pthread_mutex_unlock(&c->mail_lock);
+    if (rings)
+        ring(c);
+}
+
+bool sc_has_notes(sc_core *c)
+{
+    pthread_mutex_lock(&c->mail_lock);
+    bool has = c->mail != NULL;
+    pthread_mutex_unlock(&c->mail_lock);
+    return has;
 }
 
 sc_note *sc_take_notes(sc_core *c)
@@ -35,6 +79,7 @@ sc_note *sc_take_notes(sc_core *c)
     sc_note *list = c->mail;
     c->mail = NULL;
     c->mail_tail = &c->mail;
+    c->mail_rung = false;
     pthread_mutex_unlock(&c->mail_lock);
     return list;
 }

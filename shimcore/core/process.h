@@ -51,6 +51,12 @@ enum { SC_AT_FORK, SC_AT_CHDIR, SC_AT_FDS, SC_AT_EXEC };
  * until it execs (CLONE_VM | CLONE_VFORK), so no page table is copied and the errno of its exec reaches us. */
 pid_t sc_spawn(const sc_spawn_args *args, int *pidfd, int *at);
 
+/* The calling thread gets a core as soon as it has something to do: the highest nice value that it may have (CAP_SYS_NICE), and
+ * short turns (Linux >= 6.12, EEVDF's custom slice), so that on waking it takes the core from a thread that computes, where it
+ * would else wait for the next tick. For threads that run microseconds at a time. Children inherit nothing of it. A policy that
+ * somebody chose stays, and where nothing is allowed nothing changes. */
+void sc_run_first(void);
+
 int64_t sc_now_mono(void); /* ns */
 int64_t sc_now_real(void); /* ns since the epoch */
 

@@ -121,6 +121,7 @@ sc_core *sc_core_new(const char *ns, const char *events_address)
     c->sig_src.ready = signals_ready;
     c->sweep_timer.fire = sweep_fire;
     c->look_timer.fire = sweep_fire;
+    c->told_timer.fire = sc_told_ring;
     c->reap_orphans = true;
     sc_outbox_init(&c->outbox, events_address);
     if (!c->ns || !c->slots || c->epfd < 0 || c->wakefd < 0 || c->mailfd < 0 ||
@@ -361,6 +362,7 @@ void sc_sweep_soon(sc_core *c)
 int sc_core_run(sc_core *c)
 {
     struct epoll_event evs[64];
+    sc_run_first();
     sc_lock(c);
     c->runner = pthread_self();
     atomic_store(&c->running, true);

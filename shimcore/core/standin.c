@@ -112,6 +112,7 @@ static void *stand_in(void *arg)
     sc_server *s = arg;
     struct standin *t = &s->standin;
     static const struct timespec away = {.tv_nsec = AWAY_NS}, later = {.tv_nsec = 10 * AWAY_NS};
+    sc_run_first();
     while (!atomic_load(&t->quit)) {
         unsigned moves = atomic_load(&t->moves);
         if (moves % 2 == 0) {

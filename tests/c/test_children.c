@@ -182,6 +182,29 @@ static void a_late_wake_up_is_taken(void)
     CHECK_EQ(rig_take(SC_NOTE_POST), 1);
 }
 
+/* A told exit's note is there at once and rings later, or with the next note. */
+static void a_told_exit_rings_later(void)
+{
+    struct pollfd f = {.fd = core->mailfd, .events = POLLIN};
+    for (int with_another = 0; with_another < 2; with_another++) {
+        sc_slot *s = new_init("c");
+        sc_lock(core);
+        sc_slot_ref(s);
+        sc_post_told(core, s);
+        CHECK_EQ(poll(&f, 1, 0), 0);
+        sc_unlock(core);
+        CHECK(sc_has_notes(core));
+        if (with_another)
+            sc_post(core, SC_NOTE_POST, NULL, 0, 0, 0);
+        CHECK_EQ(poll(&f, 1, with_another ? 0 : 10000), 1);
+        CHECK_EQ(rig_take(SC_NOTE_TOLD), 1);
+        CHECK(!sc_has_notes(core));
+        CHECK_EQ(poll(&f, 1, 20), 0); /* the timer of a note that was taken already does not ring */
+        CHECK_EQ(sc_slot_drop(s), 0);
+        forget(s);
+    }
+}
+
 static void timers_in_order(void)
 {
     static const int order[] = {5, 1, 4, 2, 3};
@@ -259,7 +282,7 @@ static void unfinished(void)
     X(orphans_are_reaped_and_told_to_nobody) X(another_threads_child_is_left_to_it) \
     X(an_ended_threads_child_is_left_to_its_author) X(a_stolen_status) X(a_zombie_that_has_been_told) \
     X(a_watched_pid) X(a_late_wake_up_is_taken) \
-    X(timers_in_order) X(signals) X(unfinished)
+    X(a_told_exit_rings_later) X(timers_in_order) X(signals) X(unfinished)
 BODIES(LED)
 
 int main(void)

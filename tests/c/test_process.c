@@ -473,6 +473,36 @@ static void mount_in(void)
     CHECK_EQ(st, 0);
 }
 
+/* Exits with the nice value of a thread after sc_run_first, 20 added, and fails if a child has another one than before. */
+static int nice_after(bool root)
+{
+    if (!root)
+        CHECK_EQ(setuid(65534), 0);
+    CHECK_EQ(setpriority(PRIO_PROCESS, 0, 3), 0);
+    sc_run_first();
+    int own = getpriority(PRIO_PROCESS, 0);
+    pid_t pid = fork();
+    if (!pid)
+        _exit(getpriority(PRIO_PROCESS, 0) + 20);
+    int st;
+    CHECK_EQ(waitpid(pid, &st, 0), pid);
+    CHECK_EQ(WEXITSTATUS(st), own < 0 ? 20 : 23); /* the kernel takes a raised one back to 0 */
+    return own + 20;
+}
+
+static void run_first(void)
+{
+    for (int root = 0; root < 2; root++) {
+        pid_t pid = fork();
+        if (!pid)
+            _exit(nice_after(root));
+        int st;
+        CHECK_EQ(waitpid(pid, &st, 0), pid);
+        CHECK(WIFEXITED(st));
+        CHECK_EQ(WEXITSTATUS(st), root ? 0 : 23);
+    }
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1 && !strcmp(argv[1], "--report"))
@@ -494,6 +524,7 @@ int main(int argc, char **argv)
     RUN(many_threads);
     RUN(subreaper);
     RUN(mount_in);
+    RUN(run_first);
     RUN(nofile);
     return 0;
 }
