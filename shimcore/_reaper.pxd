@@ -48,7 +48,7 @@ cdef extern from "core/ledger.h" nogil:
 
 cdef extern from "core/exits.h" nogil:
     enum:
-        SC_NOTE_JOB, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST, SC_NOTE_TEARDOWN
+        SC_NOTE_JOB, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST, SC_NOTE_TEARDOWN, SC_NOTE_ASKED
         SC_RESERVED, SC_OPENED, SC_BOUND, SC_EXITED, SC_TOLD, SC_DROPPED
         SC_CREATED, SC_RUNNING, SC_STOPPED, SC_PAUSED, SC_PAUSING
         SC_STAMPS
@@ -126,6 +126,7 @@ cdef extern from "core/exits.h" nogil:
     void sc_post(sc_core *c, int kind, void *ptr, int64_t a, int64_t b, int64_t x)
     sc_note *sc_take_notes(sc_core *c)
     bint sc_has_notes(sc_core *c)
+    int sc_ask_fd(sc_core *c, int fd)
     int sc_wait_notes(sc_core *c, int64_t timeout_ns)
     sc_event *sc_event_new(sc_core *c, sc_slice topic, sc_slice type_url, sc_slice payload, const char *id,
                            const char *exec_id)

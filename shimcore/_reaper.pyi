@@ -15,6 +15,7 @@ NOTE_PID: Final[int]  # (NOTE_PID, pid, exit_status, exited_at_ns): a watched pi
 NOTE_SIGNAL: Final[int]  # (NOTE_SIGNAL, signum): SIGTERM, SIGINT, SIGPIPE or SIGUSR1 came in
 NOTE_POST: Final[int]  # (NOTE_POST, callable): run it on the consuming thread
 NOTE_TEARDOWN: Final[int]  # (NOTE_TEARDOWN, slot): the process has ended, its exit waits for slot.teardown_done()
+NOTE_ASKED: Final[int]  # (NOTE_ASKED, fd): somebody connects to the listener of Core.ask_fd
 
 # Phases of a slot, in the order of its life
 RESERVED: Final[int]
@@ -194,6 +195,9 @@ class Core:
         At the deadline (timeout, seconds) its process group is SIGKILLed. Ends as a NOTE_JOB."""
     def timer(self, seconds: float, cookie: Any) -> None: ...
     def post(self, callable: Any) -> None: ...
+    def ask_fd(self, fd: int) -> None:
+        """NOTE_ASKED, once, when somebody connects to this listener; each further call waits for the next one. -1: for nobody,
+        and before the fd is closed. Raises OSError."""
     tell_pids: bool  # whether every reaped child, orphans included, comes back as NOTE_PID
     @property
     def notes_fd(self) -> int:

@@ -48,6 +48,7 @@ NOTE_PID = SC_NOTE_PID
 NOTE_SIGNAL = SC_NOTE_SIGNAL
 NOTE_POST = SC_NOTE_POST
 NOTE_TEARDOWN = SC_NOTE_TEARDOWN
+NOTE_ASKED = SC_NOTE_ASKED
 RESERVED = SC_RESERVED
 OPENED = SC_OPENED
 BOUND = SC_BOUND
@@ -651,6 +652,13 @@ cdef class Core:
         Py_INCREF(callable)
         with nogil:
             sc_post(self.p, SC_NOTE_POST, <void *>callable, 0, 0, 0)
+
+    def ask_fd(self, int fd):
+        cdef int r
+        with nogil:
+            r = sc_ask_fd(self.p, fd)
+        if r < 0:
+            raise OSError(-r, os.strerror(-r), "epoll_ctl")
 
     # ---- notes ----
 

@@ -4,8 +4,14 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from ._reaper cimport sc_core, sc_slice
 
 cdef extern from "core/server.h" nogil:
+    struct standin:
+        unsigned acted
     ctypedef struct sc_server:
-        pass
+        standin standin
+        unsigned nconns
+        unsigned inflight
+        unsigned long long calls
+        unsigned long long failures
     ctypedef struct sc_conn:
         int pid
         int uid

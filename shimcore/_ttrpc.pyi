@@ -50,5 +50,8 @@ class Server:
         """Run a coroutine on the RPC thread, from any thread."""
     def run(self) -> None:
         """Serve until shutdown() has ended."""
+    def stats(self) -> dict[str, int]:
+        """connections and in_flight (calls) now; calls, failures (answers with an error) and stood_in (times that the stand-in
+        had to act) so far."""
     def shutdown(self, timeout: float = 5.0) -> None:
         """No new connections or calls; calls in flight are answered for at most timeout seconds; then everything is closed."""

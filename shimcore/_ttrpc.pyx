@@ -10,7 +10,7 @@ import os
 from _thread import get_ident
 
 from ._reaper import ExitSignal
-from .errors import from_exception
+from .errors import ShimError, from_exception
 from .jobs import Pool, Task, resume
 
 MAX_MESSAGE = SC_MAX_MESSAGE
@@ -81,6 +81,10 @@ cdef class Context:
         if error is not None:
             code, text = from_exception(error)
             self.fail(code, text, batch)
+            if code == SC_UNKNOWN and not isinstance(error, (ShimError, OSError)):
+                from .debug import report
+
+                report(error, "a handler")
             return
         try:
             payload = response.SerializeToString()
@@ -222,6 +226,12 @@ cdef class Server:
                 sc_server_close_all(self.s)
             self.running = False
             self.ended.signal()
+
+    def stats(self):
+        return {
+            "connections": self.s.nconns, "in_flight": self.s.inflight, "calls": self.s.calls, "failures": self.s.failures,
+            "stood_in": self.s.standin.acted,
+        }
 
     def shutdown(self, timeout=5.0):
         if self.running and self.thread == get_ident():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SOCKET_DIR = "/run/containerd/s"
 ADDRESS_FILE = "address"
+DEBUG_SUFFIX = ".debug"  # what is added to the task socket's path for the socket that debug.py listens on
 # Go's shim refuses a longer one: 108 bytes of sun_path, less the NUL and one to spare.
 MAX_PATH = 106
 BACKLOG = 4096
@@ -240,12 +241,20 @@ def wait_socket_working(address: str, interval_ms: int = 5, count: int = 200) ->
 
 
 def remove_socket(address: str) -> bool:
-    """Unlink the address's socket; whether there was one. What is no socket is left alone. Raises OSError,
-    InvalidArgument.
+    """Unlink the address's socket, and the debug socket beside it; whether there was the former. What is no
+    socket is left alone. Raises OSError, InvalidArgument.
     """
     kind, path = parse_sockaddr(address)
     if kind != UNIX:
         return False
+    try:
+        _unlink_socket(path + DEBUG_SUFFIX)
+    except OSError:  # not worth the task socket
+        pass
+    return _unlink_socket(path)
+
+
+def _unlink_socket(path: str) -> bool:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return False

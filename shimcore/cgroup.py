@@ -160,12 +160,22 @@ def find_directory(pid: int | str, *controllers: str, top: bool = True) -> str:
     """
     found = hierarchies()
     known = paths(pid, found)
-    tops = () if top else tuple(h.mountpoint for h in found)
+    return choose_directory(pid, known if top else below_top(known, found), found, *controllers)
+
+
+def below_top(known: dict[str, str], found: list[Hierarchy]) -> dict[str, str]:
+    """Those of `paths` that are not the top of their mount."""
+    tops = {hierarchy.mountpoint for hierarchy in found}
+    return {name: directory for name, directory in known.items() if directory not in tops}
+
+
+def choose_directory(pid: int | str, known: dict[str, str], found: list[Hierarchy], *controllers: str) -> str:
+    """find_directory among directories that are known already. Raises NotFound."""
     v1 = ("pids", "memory", "freezer", "devices", "cpu", "name=systemd")
     usual = ("",) if mode(found) == UNIFIED else v1
     for name in (*controllers, *usual):
         directory = known.get(name)
-        if directory is not None and directory not in tops and os.path.isdir(directory):
+        if directory is not None and os.path.isdir(directory):
             return directory
     raise NotFound(f"no cgroup of process {pid} is visible")
 

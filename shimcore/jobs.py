@@ -208,7 +208,7 @@ class Event(Op):
 
     def __init__(self) -> None:
         self._set = False
-        self._waiting: list[Task] = []
+        self._waiting: list[Task | _Gate] = []
 
     def begin(self, task: Task) -> bool:
         if not self._set:
@@ -223,6 +223,43 @@ class Event(Op):
         waiting, self._waiting = self._waiting, []
         for task in waiting:
             task.core.post(task.step)
+
+
+    async def within(self, seconds: float) -> bool:
+        """Wait for it, at most so long; whether it was set."""
+        return self._set or bool(await _Within(self, seconds))
+
+
+class _Within(Op):
+    __slots__ = ("_event", "_seconds")
+
+    def __init__(self, event: Event, seconds: float) -> None:
+        self._event = event
+        self._seconds = seconds
+
+    def begin(self, task: Task) -> bool:
+        gate = _Gate(self._event, task)
+        self._event._waiting.append(gate)
+        task.core.timer(self._seconds, gate)
+        return False
+
+
+class _Gate:
+    """Stepped by the event or by the timer; the first of them resumes the task."""
+
+    __slots__ = ("_event", "_task", "core")
+
+    def __init__(self, event: Event, task: Task) -> None:
+        self.core = task.core
+        self._event = event
+        self._task: Task | None = task
+
+    def step(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            if self in self._event._waiting:
+                self._event._waiting.remove(self)
+            task.step(self._event.is_set())
 
 
 class _Acquire(Op):

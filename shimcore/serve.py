@@ -8,6 +8,7 @@ from _thread import stack_size, start_new_thread
 
 from . import _reaper, logger, monitor
 from .daemon import READY, READY_ENV, SOCKET_FD
+from .debug import Debug, no_crash, report, watch_for_crashes
 from .errors import FailedPrecondition
 from .publisher import RemotePublisher, new_core
 from .shim import one_line, prepare
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _STACK = 512 * 1024
 SHUTDOWN_TIMEOUT = 5.0  # seconds for calls in flight, and as many for events not acknowledged yet
 
+_SIGUSR1 = 10
 _SIGTERM = 15
 _SIGNALS = {2: "SIGINT", 10: "SIGUSR1", 13: "SIGPIPE", 15: "SIGTERM"}
 
@@ -86,7 +88,9 @@ def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
         core.pool.submit(in_pool)
 
 
-def _note(core: _reaper.Core, task: Task | None, end: Callable[[], None]) -> Callable[[tuple[Any, ...]], None]:
+def _note(
+    core: _reaper.Core, task: Task | None, end: Callable[[], None], debug: Debug | None = None
+) -> Callable[[tuple[Any, ...]], None]:
     """What becomes of the core's notes that no RPC waits for. end: called after a SIGTERM once no process is alive."""
     asked: list[int] = []
 
@@ -115,6 +119,10 @@ def _note(core: _reaper.Core, task: Task | None, end: Callable[[], None]) -> Cal
             if note[1] == _SIGTERM:
                 asked.append(note[1])
                 end_if_asked()
+            elif note[1] == _SIGUSR1 and debug is not None:
+                debug.write()
+        elif kind == _reaper.NOTE_ASKED and debug is not None:
+            debug.asked()
 
     return handle
 
@@ -205,7 +213,7 @@ def spill_path(socket_path: str) -> str:
 class _Socket:
     """The listener's own path, found now, so that an author's chdir or another shim's socket of that name does no harm."""
 
-    __slots__ = ("_inode", "_path", "spill")
+    __slots__ = ("_inode", "path", "spill")
 
     def __init__(self, fd: int) -> None:
         import _socket
@@ -218,21 +226,21 @@ class _Socket:
             raise FailedPrecondition(f"fd {fd} is not a listening socket: a daemon is started by `start`") from None
         name = listener.getsockname()
         listener.close()
-        self._path = name if isinstance(name, str) and name.startswith("/") else ""
+        self.path = name if isinstance(name, str) and name.startswith("/") else ""
         self._inode = self._look()
-        self.spill = spill_path(self._path) if self._path else ""
+        self.spill = spill_path(self.path) if self.path else ""
 
     def _look(self) -> tuple[int, int] | None:
         try:
-            found = os.lstat(self._path)
+            found = os.lstat(self.path)
         except OSError:
             return None
         return found.st_dev, found.st_ino
 
     def remove(self) -> None:
-        if self._path and self._inode is not None and self._look() == self._inode:
+        if self.path and self._inode is not None and self._look() == self._inode:
             try:
-                os.unlink(self._path)
+                os.unlink(self.path)
             except OSError as error:
                 logger.warn("socket not removed", error=one_line(error))
 
@@ -245,7 +253,6 @@ def _new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePub
     server = Server(core)
     register(server, task)
     shim.register_services(server, publisher)
-    server.on_note(_note(core, task, shim.exit.signal))
     core.tell_pids = not task.native
     if type(task).teardown is not TaskBase.teardown:
         core.teardown_timeout = task.teardown_timeout
@@ -269,7 +276,7 @@ def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocati
         _keep(core)
     except BaseException as error:
         ready.tell(one_line(error).encode("utf-8", "replace"))
-        logger.error("the shim failed", error=one_line(error))
+        report(error, "the shim")
         raise
 
 
@@ -288,6 +295,8 @@ def _serve(
     cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, core: _reaper.Core, socket: _Socket, ready: _Ready
 ) -> None:
     flags = invocation.flags
+    bundle = os.getcwd()
+    watch_for_crashes(bundle)
     shim = cls(runtime_id, flags, config)
     if not config.no_setup_logger:
         logger.init(flags.debug, flags.namespace, flags.id, default_level=config.default_log_level)
@@ -297,6 +306,9 @@ def _serve(
     publisher = RemotePublisher(core, flags.namespace)
     task = shim.create_task_service(publisher)
     server = _new_server(core, shim, task, publisher)
+    debug = Debug(core, server, task, runtime_id=runtime_id, flags=flags, bundle=bundle, socket=socket.path)
+    server.on_note(_note(core, task, shim.exit.signal, debug))
+    debug.listen()
     start_new_thread(server.run, ())
     ready.tell(READY)
     logger.info("serving", pid=os.getpid())
@@ -304,6 +316,8 @@ def _serve(
         shim.wait()
     finally:
         logger.info("shutting down")
-        socket.remove()  # first: whoever starts a shim of this name now must not find one that is about to end
+        debug.close()
+        socket.remove()  # soon: whoever starts a shim of this name now must not find one that is about to end
         server.shutdown(SHUTDOWN_TIMEOUT)
         core.drain(SHUTDOWN_TIMEOUT)
+        no_crash(bundle)

@@ -85,6 +85,11 @@ class Task:
     def on_exit(self, slot: Slot) -> None:
         """Called on the RPC thread after the exit of a slot's process was told; must not block."""
 
+    def describe(self) -> dict[str, object]:
+        """What a state dump says of this service: anything that JSON can hold, but no secrets (environments, arguments). Called
+        on a pool thread while calls are being handled."""
+        return {}
+
     def on_pid(self, pid: int, status: int) -> None:
         """Called on the RPC thread when a child was reaped (not with `native`): status is its code, or 128 + signal."""
 

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.containerd.daemon import Containerd
+from tests.faults import lab, lab_shim, new_lab, shared_lab, shm
 from tests.leaks import MARKER, Guard
+
+__all__ = ["lab", "lab_shim", "new_lab", "shared_lab", "shm"]
 
 REPO = Path(__file__).resolve().parent.parent
 BUSYBOX = "/bin/busybox"

@@ -25,6 +25,8 @@ LAW = [
     {"shim", "daemon", "serve"},
     {"bootstrap"},
     {"flags", "windows"},
+    {"debug"},
+    {"dump"},
     {"address"},
     {"task"},
     {"state"},

@@ -197,6 +197,8 @@ void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message
         message = text;
         n = 0;
     }
+    if (code)
+        atomic_fetch_add_explicit(&c->srv->failures, 1, memory_order_relaxed);
     size_t head_len = sc_response_head(head, k->stream, code, message, code ? message_len : 0, n);
     sc_conn_send(c, head, head_len, payload, n, batch);
     pthread_mutex_lock(&c->lock);

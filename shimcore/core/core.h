@@ -44,7 +44,7 @@ typedef struct sc_child {
 } sc_child;
 
 /* ---- mailbox: what the exit thread tells Python, afterwards ---- */
-enum { SC_NOTE_JOB = 1, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST, SC_NOTE_TEARDOWN };
+enum { SC_NOTE_JOB = 1, SC_NOTE_TIMER, SC_NOTE_TOLD, SC_NOTE_PID, SC_NOTE_SIGNAL, SC_NOTE_POST, SC_NOTE_TEARDOWN, SC_NOTE_ASKED };
 typedef struct sc_note {
     struct sc_note *next;
     int kind;
@@ -223,6 +223,8 @@ struct sc_core {
     sc_note *mail, **mail_tail;
     bool mail_rung; /* mailfd has been written since the notes were taken */
     sc_timer told_timer;
+    sc_source ask_src; /* the listener on which the shim is asked about itself */
+    int ask_fd;        /* -1: none */
     int mailfd;
 };
 
@@ -259,6 +261,8 @@ void sc_post(sc_core *, int kind, void *ptr, int64_t a, int64_t b, int64_t c);
 void sc_post_told(sc_core *, sc_slot *); /* under the lock; rings later */
 void sc_told_ring(sc_core *, sc_timer *);
 bool sc_has_notes(sc_core *);
+/* SC_NOTE_ASKED once somebody connects to this listener; then it is left alone until the next call. fd -1: no more. */
+int sc_ask_fd(sc_core *, int fd);
 sc_note *sc_take_notes(sc_core *);
 int sc_wait_notes(sc_core *, int64_t timeout_ns);
 

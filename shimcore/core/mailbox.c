@@ -61,6 +61,32 @@ void sc_told_ring(sc_core *c, sc_timer *t)
         ring(c);
 }
 
+static void asked(sc_core *c, sc_source *s, uint32_t ev)
+{
+    (void)s, (void)ev;
+    sc_post(c, SC_NOTE_ASKED, NULL, c->ask_fd, 0, 0);
+}
+
+int sc_ask_fd(sc_core *c, int fd)
+{
+    struct epoll_event ev = {.events = EPOLLIN | EPOLLONESHOT, .data.ptr = &c->ask_src};
+    sc_lock(c);
+    c->ask_src.ready = asked;
+    int r = 0;
+    if (fd == c->ask_fd && fd >= 0) {
+        r = epoll_ctl(c->epfd, EPOLL_CTL_MOD, fd, &ev);
+    } else {
+        if (c->ask_fd >= 0)
+            epoll_ctl(c->epfd, EPOLL_CTL_DEL, c->ask_fd, NULL);
+        if (fd >= 0)
+            r = epoll_ctl(c->epfd, EPOLL_CTL_ADD, fd, &ev);
+        c->ask_fd = r < 0 ? -1 : fd;
+    }
+    r = r < 0 ? -errno : 0;
+    sc_unlock(c);
+    return r;
+}
+
 bool sc_has_notes(sc_core *c)
 {
     pthread_mutex_lock(&c->mail_lock);

@@ -111,6 +111,7 @@ sc_core *sc_core_new(const char *ns, const char *events_address)
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->mail_lock, NULL);
     c->mail_tail = &c->mail;
+    c->ask_fd = -1;
     c->ns = strdup(ns);
     c->slot_cap = 64;
     c->slots = calloc(c->slot_cap, sizeof *c->slots);

@@ -473,6 +473,7 @@ static void request(sc_server *s, sc_conn *c, uint32_t stream, const uint8_t *da
     c->inflight++;
     pthread_mutex_unlock(&c->lock);
     atomic_fetch_add(&s->inflight, 1);
+    atomic_fetch_add_explicit(&s->calls, 1, memory_order_relaxed);
 
     struct sc_route *r = s->routes[route_hash(q.service, q.method)];
     while (r && (r->service_len != q.service.n || r->method_len != q.method.n || memcmp(r->service, q.service.p, q.service.n) ||

@@ -151,5 +151,6 @@ struct sc_server {
     int64_t accept_again; /* 0, or when to try accept after EMFILE */
     atomic_bool draining, stop;
     atomic_uint inflight;
+    atomic_ullong calls, failures; /* so far: requests that were taken, and answers with another code than OK */
 };
 #endif

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..protos import task_pb2
+    from .stats import Readings
 
 SIGKILL = 9
 # How often SIGKILL for all goes round: a fork bomb makes new ones while we list.
@@ -33,8 +34,8 @@ class Container:
     and CloseIO do without: the exit table itself refuses what comes too early or too late."""
 
     __slots__ = (
-        "bundle", "cgroup", "deleted", "execs", "id", "init", "lock", "log_read", "mounted", "namespace",
-        "options", "private_pids", "ready", "rootfs", "runtime",
+        "bundle", "cgroup", "cgroups", "deleted", "execs", "id", "init", "lock", "log_read", "mounted", "namespace",
+        "options", "private_pids", "readings", "ready", "rootfs", "runtime",
     )  # fmt: skip
 
     def __init__(self, id: str, namespace: str, bundle: str, init: Process) -> None:
@@ -49,6 +50,8 @@ class Container:
         self.options = Options()
         self.runtime = Runtime(self.options, namespace, bundle)
         self.cgroup = ""  # directory of init's cgroup, "" when it could not be learnt
+        self.cgroups: dict[str, str] = {}  # for Stats: controller ("": v2) to directory, those at the top of a mount left out
+        self.readings: Readings | None = None
         self.private_pids = True
         self.log_read = 0  # bytes of the runtime's log that an error has been made of already
         self.ready = False  # Create has been answered with success
@@ -95,17 +98,24 @@ class Container:
         pid = read_pid_from_file(self.pid_file)
         # Before the slot is bound: a zombie that has been reaped has no cgroup.
         try:
-            self.cgroup = own_cgroup(pid)
+            found = cgroup.hierarchies()
+            known = cgroup.below_top(cgroup.paths(pid, found), found)
         except (OSError, ShimError) as error:
-            logger.warn("cgroup of the container is not known", id=self.id, pid=pid, error=error)
-        self._watch_oom(pid)
+            logger.warn("cgroups of the container are not known", id=self.id, pid=pid, error=error)
+        else:
+            self._learn_cgroups(pid, found, known)
         self.init.take_terminal()
         return pid
 
-    def _watch_oom(self, pid: int) -> None:
+    def _learn_cgroups(self, pid: int, found: list[cgroup.Hierarchy], known: dict[str, str]) -> None:
+        unified = cgroup.mode(found) == cgroup.UNIFIED
+        self.cgroups = {name: path for name, path in known.items() if unified or name}
         try:
-            unified = cgroup.is_unified()
-            folder = cgroup.find_directory(pid, *(() if unified else ("memory",)), top=False)
+            self.cgroup = own_cgroup(pid, found, known)
+        except (OSError, ShimError) as error:
+            logger.warn("cgroup of the container is not known", id=self.id, pid=pid, error=error)
+        try:
+            folder = cgroup.choose_directory(pid, known, found, *(() if unified else ("memory",)))
             self.init.slot.watch_oom(folder, unified)
         except (OSError, ShimError) as error:
             logger.info("OOM kills of this container will not be told", id=self.id, error=error)
@@ -197,11 +207,11 @@ class Container:
                 os.close(fd)
 
 
-def own_cgroup(pid: int) -> str:
+def own_cgroup(pid: int, found: list[cgroup.Hierarchy], known: dict[str, str]) -> str:
     """Directory of a cgroup that is the container's alone; what is in it may be killed. Raises NotFound,
     OSError."""
-    directory = cgroup.find_directory(pid, top=False)
-    if directory in cgroup.paths("self").values():
+    directory = cgroup.choose_directory(pid, known, found)
+    if directory in cgroup.paths("self", found).values():
         raise NotFound(f"process {pid} is in the shim's own cgroup")
     return directory
 

@@ -1,5 +1,5 @@
 """The part of the task service that works on a container that is there: Kill, Pids, CloseIO, Pause, Resume,
-Update."""
+Update, Stats."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .._reaper import ExitSignal, JobResult, Slot
     from .._ttrpc import Context
     from ..publisher import RemotePublisher
+    from .stats import Meter
 
 SIGNAL_MAX = 64
 
@@ -62,6 +63,7 @@ class Control(Task):
         self.core = publisher.core
         self.namespace = publisher.namespace
         self.containers: dict[str, Container] = {}  # those under creation too
+        self._meter: Meter | None = None
         # systemd's for containerd. A runtime that finds it makes the container report its readiness, and
         # waits for it.
         os.environ.pop("NOTIFY_SOCKET", None)
@@ -168,6 +170,19 @@ class Control(Task):
             finally:
                 os.close(fd)
         return empty()
+
+    async def stats(self, request: task_pb2.StatsRequest, context: Context) -> task_pb2.StatsResponse:
+        container = self.container(request.id)
+        if not container.cgroups:
+            raise NotFound(f"no cgroup of container {container.id} is known")
+        if self._meter is None:
+            from .stats import Meter
+
+            self._meter = Meter(self.core)
+        url, value = await self._meter.read(container, context.remaining)
+        response = task_pb2.StatsResponse()
+        response.stats.type_url, response.stats.value = url, value
+        return response
 
     # --- runtime calls
 

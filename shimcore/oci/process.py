@@ -158,21 +158,9 @@ class Process:
             seconds -= pause
             pause = min(2 * pause, DRAIN_LONGEST)
 
-    async def wait_told(self, core: Core, seconds: float) -> bool:
+    async def wait_told(self, seconds: float) -> bool:
         """Wait until the exit was told, at most so long; whether it was."""
-        gate = jobs.Event()
-
-        async def after_exit() -> None:
-            await self.told
-            gate.set()
-
-        async def after_time() -> None:
-            await jobs.sleep(seconds)
-            gate.set()
-
-        jobs.Task(core, after_exit()).step()
-        jobs.Task(core, after_time()).step()
-        await gate
+        await self.told.within(seconds)
         return self.slot.phase == TOLD
 
 

@@ -41,6 +41,24 @@ class RuncTask(Control):
         if isinstance(slot.cookie, Process):
             slot.cookie.ended(self.core)
 
+    def describe(self) -> dict[str, object]:
+        """The containers, and which of them wait for the runtime."""
+        return {
+            "containers": {
+                container.id: {
+                    "bundle": container.bundle,
+                    "runtime": container.runtime.binary,
+                    "cgroup": container.cgroup,
+                    "private_pids": container.private_pids,
+                    "created": container.ready,
+                    "being_changed": container.lock.locked,
+                    "waiting_for_that": len(container.lock.waiting),
+                    "execs": list(container.execs),
+                }
+                for container in list(self.containers.values())
+            }
+        }
+
     # --- Create
 
     async def create(self, request: task_pb2.CreateTaskRequest, context: Context) -> task_pb2.CreateTaskResponse:
@@ -264,7 +282,7 @@ class RuncTask(Control):
             container.init.slot.kill(SIGKILL)
         except NotFound:  # it has died, and its exit is about to be told
             pass
-        if not await container.init.wait_told(self.core, KILLED_INIT_TIMEOUT):
+        if not await container.init.wait_told(KILLED_INIT_TIMEOUT):
             raise FailedPrecondition("cannot delete a running process")
 
     # --- Shutdown

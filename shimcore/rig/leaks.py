@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from shimcore.address import DEBUG_SUFFIX
+
 MARKER = "SHIMCORE_RIG"
 _CGROUPS = Path("/sys/fs/cgroup")
 _MNT_DETACH = 2
@@ -82,7 +84,7 @@ class Leaks:
     def sockets(self) -> list[str]:
         """Socket files of shims that were started."""
         paths = [address.removeprefix("unix://") for address in self.addresses if address.startswith("unix://")]
-        return sorted(path for path in paths if os.path.exists(path))
+        return sorted(found for path in paths for found in (path, path + DEBUG_SUFFIX) if os.path.exists(found))
 
     def _parents(self) -> Iterator[Path]:
         yield from (path for path in (_CGROUPS / self.namespace, *_CGROUPS.glob(f"*/{self.namespace}")) if path.is_dir())

@@ -257,11 +257,12 @@ class Client:
         if deadline is None:
             call.done.acquire()
             return
-        left = max(deadline - time.monotonic(), 0)
-        if call.done.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
+        left = deadline - time.monotonic()
+        if left > 0 and call.done.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
             return
         with self._lock:
-            if call.done.acquire(blocking=False):
+            # One that had no time to begin with has failed, however quick the peer was.
+            if left > 0 and call.done.acquire(blocking=False):
                 return
             self._calls.pop(call.stream_id, None)
             # The head may have gone out in part; only what lies behind it can be taken back.

@@ -85,6 +85,17 @@ def test_a_created_task_lists_its_processes(box: Box) -> None:
     assert box.rm(name) == 137
 
 
+def test_metrics(box: Box) -> None:
+    name, _ = box.start("/bin/sh", "-c", TRAPPED)
+    lines = [line.split() for line in box.daemon.ctr("task", "metrics", name).stdout.splitlines()]
+    rows = dict(words for words in lines if len(words) == 2)
+    assert int(rows.get("cpuacct.usage") or rows["cpu.usage_usec"]) > 0
+    assert int(rows.get("memory.usage_in_bytes") or rows["memory.usage"]) > 0
+    box.daemon.ctr("task", "kill", "-s", "SIGKILL", name)
+    box.wait_status(name, "STOPPED")
+    assert box.rm(name) == 137
+
+
 def test_ten_at_once(box: Box) -> None:
     names = [box.name() for _ in range(10)]
 

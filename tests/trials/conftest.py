@@ -1,12 +1,8 @@
-"""Every trial is marked, so that `make trials` finds it; tests/faults.py has the fixtures."""
+"""Every trial is marked, so that `make trials` finds it."""
 
 from __future__ import annotations
 
 import pytest
-
-from tests.faults import lab, lab_shim, new_lab, shared_lab, shm
-
-__all__ = ["lab", "lab_shim", "new_lab", "shared_lab", "shm"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -113,6 +113,17 @@ def process(task: LabTask) -> dict[str, Any]:
 
 
 @offered
+def set_cgroups(task: LabTask, id: str, cgroups: dict[str, str]) -> None:
+    """Where Stats of a container reads."""
+    task.containers[id].cgroups = cgroups
+
+
+@offered
+def divide(task: LabTask) -> float:
+    return 1 / 0
+
+
+@offered
 def bound(task: LabTask, id: str, seconds: float) -> None:
     """How long the exit of a container's init waits for its execs'."""
     slot = task.core.find(id)

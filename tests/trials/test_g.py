@@ -1,17 +1,20 @@
-"""Trials G1 to G3: memory and threads. Each says how it was seen red."""
+"""Trials G1 to G3 and G5: memory, threads, Stats. Each says how it was seen red."""
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shimcore.protos import task_pb2
+from shimcore.errors import DeadlineExceeded
+from shimcore.protos import metrics_v2_pb2, task_pb2
 from shimcore.rig import FROZEN, UP
 from shimcore.ttrpc import codec
-from tests.faults import Lab, Later, scale, together, until
+from tests.faults import FULL, Lab, Later, scale, together, until
 
 
 # red: 4 KiB leaked with each slot
@@ -103,3 +106,53 @@ def test_G3_threads(lab: Lab) -> None:
     lab.runtime.forget("exec", id="g3")
     assert together(lambda: lab.events.wait("/tasks/exit", container="g3", count=execs + 1))[0].container == "g3"
     until(lambda: not [pid for pid, state in lab.process()["children"] if state == "Z"])
+
+
+# red: Meter.read without the branch for a reading that has stalled: each call takes its second; without `within`, all hang
+@pytest.mark.parametrize("earlier", [True, False], ids=["an earlier reading", "none"])
+def test_G5_stats_while_the_kernel_stalls(lab: Lab, tmp_path: Path, earlier: bool) -> None:
+    good, stalled = tmp_path / "good", tmp_path / "stalled"
+    for path, box in ((good, lab.box("fine")), (stalled, lab.box("stuck"))):
+        path.mkdir()
+        (path / "pids.current").write_text("3\n")
+        lab.call("set_cgroups", id=box.id, cgroups={"": str(path)})
+    fine, stuck = lab.boxes[-2:]
+    if earlier:
+        assert metrics_v2_pb2.Metrics.FromString(stuck.task.stats().value).pids.current == 3
+    assert metrics_v2_pb2.Metrics.FromString(fine.task.stats().value).pids.current == 3
+    (stalled / "pids.current").unlink()
+    os.mkfifo(stalled / "pids.current")  # its reader waits for a writer
+
+    def ask() -> int:
+        return metrics_v2_pb2.Metrics.FromString(stuck.task.stats().value).pids.current
+
+    answers = together(*[ask] * 20, timeout=20)
+    if earlier:
+        assert answers == [3] * 20
+        assert ask() == 3
+    else:
+        assert {type(answer) for answer in answers} == {DeadlineExceeded}
+    # The other one's are answered from its last reading, and a whole life goes on beside.
+    assert metrics_v2_pb2.Metrics.FromString(fine.task.stats().value).pids.current == 3
+    other = lab.box("beside", ["@exit", "4"])
+    assert other.status() == 4 and other.delete() == 4
+    writer = os.open(stalled / "pids.current", os.O_WRONLY)  # the kernel goes on
+    os.write(writer, b"8\n")
+    os.close(writer)
+    (stalled / "pids.current").unlink()
+    (stalled / "pids.current").write_text("9\n")
+    until(lambda: ask() == 9)
+
+
+# red: the files read on the RPC thread one by one with a sleep of 1 ms between
+def test_G5_stats_are_quick(lab: Lab) -> None:
+    box = lab.box("quick")
+    lab.call("set_cgroups", id=box.id, cgroups={"": "/sys/fs/cgroup"})
+    took = []
+    for _ in range(scale(100, 2000)):
+        began = time.monotonic()
+        box.task.stats()
+        took.append(time.monotonic() - began)
+    took.sort()
+    if FULL:
+        assert took[int(len(took) * 0.99)] < 0.005, f"p99 {took[int(len(took) * 0.99)] * 1e3:.1f} ms"
