@@ -24,6 +24,9 @@
 enum { EARLY_AT_ONCE = 1000 };          /* this many zombies waiting, or */
 #define LEFT_NS 60000000000LL           /* how long an author has to wait for a child of his */
 #define LOOK_NS 250000000LL             /* how often the unarmed are looked at where no SIGCHLD says when */
+#define SWEEP_PUT_OFF_NS 10000000LL     /* how long it waits for those that were told and not reaped */
+#define SWEEP_PAUSE_NS 200000000LL      /* the longest pause between two sweeps */
+enum { SWEEP_SHARE = 20, SWEEP_OWNED = 16 }; /* owned: those whose pidfds say the same, in one sweep */
 #define EARLY_AFTER_NS 10000000000LL    /* this long an open slot: unknown zombies go to the early table */
 
 static sc_child **bucket(sc_core *c, pid_t pid)
@@ -358,10 +361,17 @@ static void trim_left(sc_core *c)
         sc_timer_set(c, &c->sweep_timer, c->left[0].seen + LEFT_NS);
 }
 
-void sc_sweep(sc_core *c)
+/* Those that we own are told by their pidfds; the sweep is for all others, and has time. Beside many children it is dear, since the
+ * kernel goes through the living ones to find a dead one: it gets a twentieth of the time, so that a burst of exits is not held up
+ * by it. */
+bool sc_sweep_is_due(const sc_core *c, int64_t now)
+{
+    return now >= c->sweep_after && (!c->closing_len || now - c->sweep_after >= SWEEP_PUT_OFF_NS);
+}
+
+static void sweep(sc_core *c)
 {
     sc_children_close(c, SC_CLOSING);
-    c->put_off = 0;
     look_at_the_unarmed(c);
     if (!c->reap_orphans)
         return;
@@ -381,8 +391,14 @@ void sc_sweep(sc_core *c)
     }
     sc_exit_status st;
     pid_t pid;
+    int owned = 0;
     while ((pid = sc_peek_orphan()) > 0) {
-        if (!find(c, pid) && maybe_an_authors(pid)) {
+        bool ours = find(c, pid) != NULL;
+        if (ours && ++owned > SWEEP_OWNED) {
+            c->need_sweep = true; /* their pidfds' turn */
+            break;
+        }
+        if (!ours && maybe_an_authors(pid)) {
             each_child(c, sweep_one); /* waitid would show this one for ever, and what stands behind it never */
             trim_left(c);
             break;
@@ -391,6 +407,14 @@ void sc_sweep(sc_core *c)
             break;
         reaped(c, &st);
     }
+}
+
+void sc_sweep(sc_core *c)
+{
+    int64_t began = sc_now_mono();
+    sweep(c);
+    int64_t now = sc_now_mono(), pause = SWEEP_SHARE * (now - began);
+    c->sweep_after = now + (pause < SWEEP_PAUSE_NS ? pause : SWEEP_PAUSE_NS);
 }
 
 /* ---- children that are no task's process ---- */

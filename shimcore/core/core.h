@@ -160,7 +160,7 @@ typedef struct {
     pid_t pid;
 } sc_closing;
 
-enum { SC_CLOSING = 64, SC_CLOSING_FEW = 8, SC_SWEEP_PUT_OFF = 16 };
+enum { SC_CLOSING = 64, SC_CLOSING_FEW = 8 };
 enum { SC_STAMPS = 256, SC_ID_MAX = 96 };
 typedef struct {
     char id[SC_ID_MAX], exec_id[SC_ID_MAX]; /* cut */
@@ -198,7 +198,8 @@ struct sc_core {
     sc_child *pids[4096];
     unsigned by_number, disarmed; /* children that SIGCHLD has to look after */
     sc_closing closing[SC_CLOSING]; /* oldest first */
-    unsigned closing_len, put_off;  /* put_off: turns in a row that the sweep has waited for them */
+    unsigned closing_len;
+    int64_t sweep_after;    /* ns of CLOCK_MONOTONIC: no sweep before that */
     sc_slot **slots;        /* hash by (id, exec_id) */
     size_t slot_cap, slot_count;
     unsigned open_unbound;
@@ -250,6 +251,7 @@ int sc_child_add(sc_core *, sc_child *, pid_t pid, int pidfd);
 void sc_child_remove(sc_core *, sc_child *);
 void sc_children_on_sigchld(sc_core *);
 void sc_sweep(sc_core *);
+bool sc_sweep_is_due(const sc_core *, int64_t now);
 void sc_children_close(sc_core *, unsigned oldest); /* reap so many of those that have been told */
 bool sc_children_told(sc_core *, pid_t pid);
 bool sc_early_take(sc_core *, pid_t pid, sc_early *out);

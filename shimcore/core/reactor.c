@@ -360,6 +360,20 @@ void sc_sweep_soon(sc_core *c)
 
 /* ---- the loop ---- */
 
+/* For epoll_wait: until the next thing that nobody will wake us for. */
+static int timeout_ms(const sc_core *c)
+{
+    if (c->closing_len)
+        return 1;
+    if (!c->need_sweep && !c->heap_len)
+        return -1;
+    int64_t when = c->need_sweep ? c->sweep_after : INT64_MAX;
+    if (c->heap_len && c->heap[0]->when < when)
+        when = c->heap[0]->when;
+    int64_t left = when - sc_now_mono();
+    return left <= 0 ? 0 : left > 3600000000000LL ? 3600000 : (int)((left + 999999) / 1000000);
+}
+
 int sc_core_run(sc_core *c)
 {
     struct epoll_event evs[64];
@@ -369,16 +383,8 @@ int sc_core_run(sc_core *c)
     atomic_store(&c->running, true);
     sc_unlock(c);
     while (!atomic_load(&c->stop)) {
-        int timeout = -1;
         sc_lock(c);
-        if (c->closing_len) {
-            timeout = 1;
-        } else if (c->need_sweep) {
-            timeout = 0;
-        } else if (c->heap_len) {
-            int64_t left = c->heap[0]->when - sc_now_mono();
-            timeout = left <= 0 ? 0 : left > 3600000000000LL ? 3600000 : (int)((left + 999999) / 1000000);
-        }
+        int timeout = timeout_ms(c);
         sc_unlock(c);
         int n = epoll_wait(c->epfd, evs, 64, timeout);
         if (n < 0 && errno != EINTR)
@@ -399,7 +405,7 @@ int sc_core_run(sc_core *c)
         }
         sc_outbox_pump(c);
         sc_children_close(c, c->closing_len > SC_CLOSING_FEW ? SC_CLOSING : told_before);
-        if (c->need_sweep && (!c->closing_len || ++c->put_off > SC_SWEEP_PUT_OFF)) {
+        if (c->need_sweep && sc_sweep_is_due(c, sc_now_mono())) {
             c->need_sweep = false;
             sc_sweep(c);
             sc_outbox_pump(c);

@@ -51,6 +51,22 @@ static void orphans_are_reaped_and_told_to_nobody(void)
     CHECK_EQ(rig_stats().events, 0);
 }
 
+/* Beside many living children a sweep is dear, and the next one waits; the orphan is reaped all the same. */
+static void a_sweep_keeps_its_pause(void)
+{
+    rig_process orphan = rig_orphan();
+    sc_lock(core);
+    int64_t after = core->sweep_after = sc_now_mono() + 50000000;
+    sc_unlock(core);
+    rig_end(&orphan, 1);
+    while (rig_stats().orphans < 1)
+        rig_settle();
+    CHECK(sc_now_mono() >= after);
+    sc_lock(core);
+    CHECK(core->sweep_after > after && core->sweep_after <= sc_now_mono() + 200000000);
+    sc_unlock(core);
+}
+
 static void another_threads_child_is_left_to_it(void)
 {
     rig_process mine = rig_fork(), grouped = rig_fork_in(true), orphan = rig_orphan();
@@ -279,7 +295,7 @@ static void unfinished(void)
 #define LED(body) \
     static void run_##body(void) { with_leader(body); }
 #define BODIES(X) \
-    X(orphans_are_reaped_and_told_to_nobody) X(another_threads_child_is_left_to_it) \
+    X(orphans_are_reaped_and_told_to_nobody) X(a_sweep_keeps_its_pause) X(another_threads_child_is_left_to_it) \
     X(an_ended_threads_child_is_left_to_its_author) X(a_stolen_status) X(a_zombie_that_has_been_told) \
     X(a_watched_pid) X(a_late_wake_up_is_taken) \
     X(a_told_exit_rings_later) X(timers_in_order) X(signals) X(unfinished)
