@@ -11,6 +11,7 @@ PY := $(VENV)/bin/python
 CORE := $(wildcard shimcore/core/*.c)
 HEADERS := $(wildcard shimcore/core/*.h)
 CYTHON := $(wildcard shimcore/*.pyx shimcore/*.pxd)
+PROGRAMS := $(wildcard shimcore/launcher/*.c shimcore/rig/*.[ch])
 CFLAGS_CORE := -std=gnu11 -D_GNU_SOURCE= -Wall -Wextra -Werror -pthread -Ishimcore/core
 
 SHIM := containerd-shim-runc-v2-py
@@ -38,7 +39,7 @@ build: deps ## compile the C core and its two modules in place
 	@$(MAKE) -s --no-print-directory build/.built
 
 # Kept apart from `build`, so that make compares times only after deps has made the virtual environment.
-build/.built: setup.py $(CORE) $(HEADERS) $(CYTHON)
+build/.built: setup.py $(CORE) $(HEADERS) $(CYTHON) $(PROGRAMS)
 	@mkdir -p build
 	@echo "compiling the core and its modules"
 	$(PY) setup.py -q build_clib build_ext --inplace
@@ -55,7 +56,7 @@ lint: deps ## ruff, mypy --strict, and the C core with warnings as errors
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy --strict shimcore
 	@$(PY) tools/gen_protos.py --check
-	@$(if $(CORE),$(CC) $(CFLAGS_CORE) -O2 -fsyntax-only $(CORE))
+	@$(if $(CORE),$(CC) $(CFLAGS_CORE) -O2 -fsyntax-only $(CORE) shimcore/launcher/launcher.c)
 
 shim: build ## make shim DEST=DIR: put an executable containerd-shim-runc-v2-py in DIR
 	@test -n "$(DEST)" || { echo "usage: make shim DEST=DIR" >&2; exit 2; }

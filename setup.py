@@ -17,7 +17,10 @@ from setuptools.errors import LinkError
 
 CORE = sorted(glob("shimcore/core/*.c"))
 HEADERS = sorted(glob("shimcore/core/*.h"))
-PROGRAMS = {"fake-runtime": ["shimcore/rig/fake_runtime.c", "shimcore/rig/fake_parts.h"]}
+PROGRAMS = {
+    "launcher": ["shimcore/launcher/launcher.c"],
+    "fake-runtime": ["shimcore/rig/fake_runtime.c", "shimcore/rig/fake_parts.h"],
+}
 
 # Empty, as a source file's own #define would have it: a different value would be a warning.
 MACROS = [("_GNU_SOURCE", "")]

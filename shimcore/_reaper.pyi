@@ -4,7 +4,7 @@ A function that enters a system call raises `OSError` with the call's name (`exc
 Rules of the exit table come from shimcore/core/exits.h, which states them; ids are compared byte for byte.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 # Note kinds, first element of what Core.notes() returns
@@ -61,6 +61,19 @@ def spawn(
     else is inherited. The child has an empty signal mask, default dispositions and the original RLIMIT_NOFILE.
     Raises OSError with the errno of the failed exec or chdir. env None: our environment.
     """
+
+def set_title(args: bytes, env: bytes, name: str) -> None:
+    """What /proc/self/cmdline, environ and comm say: NUL-terminated strings one after the other, and a name of at most 15 bytes.
+    For a process with one thread. Raises OSError, on kernels without CONFIG_CHECKPOINT_RESTORE always."""
+
+def watch_files(paths: Iterable[str]) -> int:
+    """An fd that is readable once one of these files has been written, replaced or removed (inotify). Raises OSError."""
+
+def set_limits(limits: Sequence[tuple[int, int]]) -> None:
+    """(soft, hard) of each resource limit, by number, -1 for none; those that differ are set. Raises OSError."""
+
+def set_death_signal(signum: int) -> None:
+    """The signal that this process gets when the thread that made it ends (PR_SET_PDEATHSIG); 0: none."""
 
 def pidfd_open(pid: int) -> int: ...
 def pidfd_send_signal(pidfd: int, signum: int) -> None: ...

@@ -15,6 +15,24 @@ cdef extern from "<errno.h>" nogil:
     enum:
         EBUSY, EEXIST, EINTR, EINVAL, ENOENT, ENOEXEC, ENOSYS, ESRCH, EACCES, ENOMEM
 
+cdef extern from "<sys/prctl.h>" nogil:
+    enum:
+        PR_SET_PDEATHSIG
+    int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
+
+cdef extern from "<sys/inotify.h>" nogil:
+    enum:
+        IN_CLOEXEC, IN_NONBLOCK, IN_MODIFY, IN_ATTRIB, IN_DELETE_SELF, IN_MOVE_SELF
+    int inotify_init1(int flags)
+    int inotify_add_watch(int fd, const char *path, uint32_t mask)
+
+cdef extern from "<sys/resource.h>" nogil:
+    struct rlimit:
+        uint64_t rlim_cur
+        uint64_t rlim_max
+    int getrlimit(int number, rlimit *out)
+    int setrlimit(int number, const rlimit *limit)
+
 cdef extern from "<sys/mount.h>" nogil:
     int c_mount "mount"(const char *source, const char *target, const char *fstype, unsigned long flags, const void *data)
     int c_umount2 "umount2"(const char *target, int flags)
@@ -84,6 +102,40 @@ def kernel_check():
 
 def set_subreaper(enable=True):
     checked(sc_set_subreaper(bool(enable)), "prctl")
+
+
+def set_title(bytes args, bytes env, str name):
+    checked(sc_set_title(args, len(args), env, len(env), name.encode()), "prctl")
+
+
+def set_death_signal(int signum):
+    if prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0) < 0:
+        raise OSError(errno, os.strerror(errno), "prctl")
+
+
+def watch_files(paths):
+    cdef int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK)
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno), "inotify_init1")
+    for path in paths:
+        if inotify_add_watch(fd, os.fsencode(path), IN_MODIFY | IN_ATTRIB | IN_DELETE_SELF | IN_MOVE_SELF) < 0:
+            error = OSError(errno, os.strerror(errno), path)
+            os.close(fd)
+            raise error
+    return fd
+
+
+def set_limits(limits):
+    cdef rlimit have, want
+    cdef int number
+    for number in range(len(limits)):
+        soft, hard = limits[number]
+        want.rlim_cur, want.rlim_max = <uint64_t><int64_t>soft, <uint64_t><int64_t>hard
+        if getrlimit(number, &have) < 0:
+            raise OSError(errno, os.strerror(errno), "getrlimit")
+        if have.rlim_cur != want.rlim_cur or have.rlim_max != want.rlim_max:
+            if setrlimit(number, &want) < 0:
+                raise OSError(errno, os.strerror(errno), "setrlimit")
 
 
 def get_subreaper():

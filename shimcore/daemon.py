@@ -28,13 +28,34 @@ READY_TIMEOUT = 60.0
 _MESSAGE_MAX = 65536
 
 
+class Warm:
+    """In a fork of the template: who ran the shim, and, once `spawn` was called, the daemon that this process is to become."""
+
+    __slots__ = ("address", "arguments", "caller", "environ", "listener")
+
+    def __init__(self, caller: int) -> None:
+        self.caller = caller
+        self.listener = -1
+        self.address = ""
+        self.arguments: list[str] = []
+        self.environ: dict[str, str] = {}
+
+
+warm: Warm | None = None
+
+
+def caller() -> int:
+    """Pid of the process that ran this shim's binary: containerd's, where containerd did."""
+    return warm.caller if warm is not None else os.getppid()
+
+
 def command() -> list[str]:
     """How this process was started, without its arguments: the interpreter, its options and the script."""
     head = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     return [sys.executable, *head[1:]]
 
 
-def _log_fd() -> int | None:
+def log_fd() -> int | None:
     """The write end of the bundle's log FIFO, for the daemon's stderr; None: nobody reads it."""
     try:
         return os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -67,7 +88,8 @@ def spawn(
     """Make the daemon that serves this container, or find the one that does; write the file `address`; return (pid, address).
 
     grouping: what stands for the id in the socket's name, so that one daemon serves a whole group; "" is opts.id. vars: more
-    environment for the daemon. pid is 0 when a live daemon was found under the address.
+    environment for the daemon. pid is 0 when a live daemon was found under the address. In a fork of the warm template it is this
+    process's own, which becomes the daemon when start_shim has returned.
 
     The daemon leads a session of its own; its stdin and stdout are /dev/null, its stderr is the bundle's log. It has been
     serving when this returns. Raises Unavailable with the daemon's own words when it ends before that, DeadlineExceeded when it
@@ -82,12 +104,15 @@ def spawn(
         return 0, where
     pid = 0
     pidfd = ready = told = -1
-    log = _log_fd()
+    arguments = ["-namespace", opts.namespace, "-id", opts.id, "-address", opts.address, *(["-debug"] if opts.debug else [])]
+    if warm is not None and warm.listener < 0:
+        warm.listener, warm.address, warm.arguments = listener, where, arguments
+        warm.environ = {**dict(vars), "TTRPC_ADDRESS": opts.ttrpc_address}
+        return os.getpid(), where
+    log = log_fd()
     try:
         ready, told = os.pipe2(os.O_CLOEXEC)
-        argv = [*command(), "-namespace", opts.namespace, "-id", opts.id, "-address", opts.address]
-        if opts.debug:
-            argv.append("-debug")
+        argv = [*command(), *arguments]
         fds = {SOCKET_FD: listener, _READY_FD: told}
         if log is not None:
             fds[2] = log

@@ -1,9 +1,10 @@
 """Write a shim's executable: `python -m shimcore.install --dest DIR [--name N --runtime-id R module:Class]`.
 
 containerd makes the name of a shim's binary from the last two dot parts of the runtime's name and looks it up
-on PATH. The script names its interpreter absolutely and starts it with -I and -S: no environment variable and
-no .pth file changes what runs, and no site-packages is searched that the shim did not ask for. So the few
-paths it needs are written into it.
+on PATH. What it finds there is the launcher (launcher/launcher.c), with the script beside it, NAME.py, which
+does the same alone and more slowly. The script names its interpreter absolutely and starts it with -I and -S:
+no environment variable and no .pth file changes what runs, and no site-packages is searched that the shim did
+not ask for. So the few paths it needs are written into it.
 
 This module is never imported by a shim.
 """
@@ -97,6 +98,29 @@ def script(runtime_id: str, shim: str, paths: Sequence[str], interpreter: str) -
     )
 
 
+LAUNCHER = Path(__file__).resolve().parent / "_bin" / "launcher"
+_MAGIC = b"shimcore"
+
+
+def launcher(interpreter: str, script: str, template: bool) -> bytes:
+    """The launcher's program with what it is to know behind it. Raises OSError when it was not built."""
+    words = (interpreter, script, "1" if template else "0")
+    known = b"".join(os.fsencode(word) + b"\0" for word in words)
+    return LAUNCHER.read_bytes() + known + len(known).to_bytes(4, "little") + _MAGIC
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """In one step, so that a start meanwhile runs the old or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.chmod(0o755)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _compile(paths: Sequence[str], module: str) -> None:
     """Bytecode for all that a start imports: without it a start takes twice as long, for a user who can't
     write it.
@@ -120,12 +144,13 @@ def install(
     shim: str = SHIM,
     name: str | None = None,
     interpreter: str | None = None,
+    template: bool | None = None,
 ) -> str:
-    """Write the executable of a shim into `dest`, made if need be; returns its path.
+    """Write the executable of a shim into `dest`, made if need be, and its script beside it; returns the former's path.
 
     name: by default what containerd makes of the runtime's name. interpreter: absolute path, ours by default.
-    The file is replaced in one step, so that a start meanwhile runs the old or the new. Raises
-    InvalidArgument, NotFound, OSError.
+    template: whether it uses the warm template; by default our own shim does, and no other, whose modules we do not know. Each
+    file is replaced in one step, so that a start meanwhile runs the old or the new. Raises InvalidArgument, NotFound, OSError.
     """
     if name is None:
         name = binary_name(runtime_id)
@@ -140,14 +165,10 @@ def install(
     folder = Path(dest)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / name
-    temporary = path.with_name(f".{name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-        temporary.chmod(0o755)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    beside = path.with_name(name + ".py")
+    program = launcher(interpreter, str(beside), shim == SHIM if template is None else template)
+    _replace(beside, text.encode("utf-8", "surrogateescape"))
+    _replace(path, program)
     _compile(paths, module)
     return str(path)
 
@@ -163,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runtime-id", help="the runtime's name, such as io.containerd.foo.v1")
     parser.add_argument("--name", help="the executable's name, if not what containerd makes of the runtime's")
     parser.add_argument("--interpreter", help="absolute path of its Python, by default this one")
+    parser.add_argument(
+        "--template", action=argparse.BooleanOptionalAction, help="start it from a warm template (by default our own shim alone)"
+    )
     args = parser.parse_args(argv)
     if args.shim and not args.runtime_id:
         parser.error("a shim of your own needs --runtime-id")
@@ -170,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime_id = args.runtime_id or RUNTIME_ID
         shim = args.shim or SHIM
         path = install(
-            args.dest, runtime_id=runtime_id, shim=shim, name=args.name, interpreter=args.interpreter
+            args.dest, runtime_id=runtime_id, shim=shim, name=args.name, interpreter=args.interpreter, template=args.template
         )
     except (ShimError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

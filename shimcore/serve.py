@@ -9,19 +9,23 @@ from _thread import stack_size, start_new_thread
 from . import _reaper, logger, monitor
 from .daemon import READY, READY_ENV, SOCKET_FD
 from .debug import Debug, no_crash, report, watch_for_crashes
-from .errors import FailedPrecondition
+from .errors import FailedPrecondition, Unavailable
 from .publisher import RemotePublisher, new_core
 from .shim import one_line, prepare
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
     from ._ttrpc import Server
     from .bootstrap import Config, Invocation
     from .shim import Shim
     from .task import Task
+
+    class Ready(Protocol):
+        def tell(self, words: bytes) -> None: ...
+
 
 _STACK = 512 * 1024
 SHUTDOWN_TIMEOUT = 5.0  # seconds for calls in flight, and as many for events not acknowledged yet
@@ -183,7 +187,8 @@ def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocat
 
 
 class _Ready:
-    """Tells the `start` that made this daemon that it serves, or why it does not."""
+    """Tells the `start` that made this daemon that it serves, or why it does not. Raises Unavailable when `start` has gone:
+    containerd kills it when it takes too long, and would never hear of this daemon."""
 
     __slots__ = ("_fd",)
 
@@ -197,12 +202,14 @@ class _Ready:
     def tell(self, words: bytes) -> None:
         if self._fd < 0:
             return
+        fd, self._fd = self._fd, -1
         try:
-            os.write(self._fd, words)
+            os.write(fd, words)
         except OSError:
-            pass
-        os.close(self._fd)
-        self._fd = -1
+            if words == READY:
+                raise Unavailable("who started this daemon has gone, and told nobody its address") from None
+        finally:
+            os.close(fd)
 
 
 def spill_path(socket_path: str) -> str:
@@ -260,9 +267,11 @@ def _new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePub
     return server
 
 
-def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation) -> None:
-    """Be the daemon: serve on SOCKET_FD until the shim's wait() returns, then leave nothing behind."""
-    ready = _Ready()
+def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, ready: Ready | None = None) -> None:
+    """Be the daemon: serve on SOCKET_FD until the shim's wait() returns, then leave nothing behind.
+
+    ready: whom to tell that it serves, by default whoever made this process."""
+    ready = ready or _Ready()
     flags = invocation.flags
     try:
         socket = _Socket(SOCKET_FD)
@@ -292,7 +301,7 @@ def _keep(core: _reaper.Core) -> None:
 
 
 def _serve(
-    cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, core: _reaper.Core, socket: _Socket, ready: _Ready
+    cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, core: _reaper.Core, socket: _Socket, ready: Ready
 ) -> None:
     flags = invocation.flags
     bundle = os.getcwd()
@@ -310,9 +319,9 @@ def _serve(
     server.on_note(_note(core, task, shim.exit.signal, debug))
     debug.listen()
     start_new_thread(server.run, ())
-    ready.tell(READY)
-    logger.info("serving", pid=os.getpid())
     try:
+        ready.tell(READY)
+        logger.info("serving", pid=os.getpid())
         shim.wait()
     finally:
         logger.info("shutting down")

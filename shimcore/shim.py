@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .bootstrap import Config, DeleteResult, Flags, StartOpts
     from .publisher import RemotePublisher
     from .task import Task
+    from .template import Guard
 
 _STDIN_MAX = 16 << 20
 
@@ -60,6 +61,11 @@ class Shim:
         from .util import now_ns
 
         return bootstrap.DeleteResult(0, 137, now_ns())
+
+    @classmethod
+    def preload(cls) -> None:
+        """Import what the daemon will need. Called once in the warm template, which is forked for each action: open no file,
+        start no thread, keep nothing that must differ from shim to shim."""
 
     def wait(self) -> None:
         """Block until the daemon should end: by default, until self.exit is signalled."""
@@ -163,8 +169,21 @@ def _start(cls: type[Shim], runtime_id: str, config: Config, invocation: bootstr
     return bootstrap.encode_address(shim.start_shim(invocation.start_opts()), invocation.generation)
 
 
+def _become(cls: type[Shim], runtime_id: str, config: Config, guard: _Guard | Guard, result: bytes) -> bytes:
+    """In a fork of the template, be the daemon that start_shim has asked for; the result is told when it serves."""
+    from . import daemon
+
+    if daemon.warm is None or daemon.warm.listener < 0:
+        return result
+    from . import template
+
+    assert isinstance(guard, template.Guard)
+    template.become(cls, runtime_id, config, guard, result, daemon.warm)
+    return b""
+
+
 def _dispatch(
-    runtime_id: str, shim: type[Shim] | str, config: Config, invocation: bootstrap.Invocation, guard: _Guard
+    runtime_id: str, shim: type[Shim] | str, config: Config, invocation: bootstrap.Invocation, guard: _Guard | Guard
 ) -> bytes:
     action = invocation.action
     if action == bootstrap.HELP:
@@ -172,12 +191,14 @@ def _dispatch(
     if action == bootstrap.VERSION:
         from . import __version__
 
-        return f"{os.path.basename(sys.argv[0])}:\n  Runtime:  {runtime_id}\n  Version:  {__version__}\n".encode()
+        name = os.path.basename(sys.argv[0]).removesuffix(".py")
+        return f"{name}:\n  Runtime:  {runtime_id}\n  Version:  {__version__}\n".encode()
     cls = load(shim)
     if action == bootstrap.INFO:
         return cls(runtime_id, invocation.flags, config).shim_info(invocation)
     if action == bootstrap.START:
-        return _start(cls, runtime_id, config, invocation)
+        result = _start(cls, runtime_id, config, invocation)
+        return _become(cls, runtime_id, config, guard, result)
     from . import serve
 
     if action == bootstrap.DELETE:
@@ -194,13 +215,21 @@ def run(runtime_id: str, shim: type[Shim] | str, config: Config | None = None) -
     whatever its module prints cannot reach containerd; `python -m shimcore.install` writes executables that use it.
     An error is told in one line on stderr, and the exit status is 1.
     """
-    guard = _Guard()
+    if sys.argv[1:2] == ["--shimcore-template"]:
+        from .template import main
+
+        main(runtime_id, shim, config or bootstrap.Config(), sys.argv[2:])
+    act(runtime_id, shim, config or bootstrap.Config(), _Guard())
+
+
+def act(runtime_id: str, shim: type[Shim] | str, config: Config, guard: _Guard | Guard) -> NoReturn:
+    """Do what sys.argv says, give the result to the guard, and end the process."""
     status = 1
     try:
         flags = bootstrap.parse_flags(sys.argv[1:])
         stdin = _read_stdin() if bootstrap.reads_stdin(flags) else b""
         invocation = bootstrap.parse_invocation(sys.argv[1:], os.environ, stdin)
-        guard.result(_dispatch(runtime_id, shim, config or bootstrap.Config(), invocation, guard))
+        guard.result(_dispatch(runtime_id, shim, config, invocation, guard))
         status = 0
     except SystemExit as end:
         guard.error(f"{runtime_id}: the shim's code called exit({end.code})")

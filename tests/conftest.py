@@ -38,12 +38,14 @@ def leak_guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     marker = uuid.uuid4().hex
     # Short, since the paths of unix sockets are: 108 bytes at most.
     root = Path(tempfile.mkdtemp(prefix="sct-"))
-    before = {name: os.environ.get(name) for name in (MARKER, "TMPDIR", "PYTHONPATH")}
+    before = {name: os.environ.get(name) for name in (MARKER, "TMPDIR", "PYTHONPATH", "SHIMCORE_TEMPLATE")}
     # Whoever makes a temporary directory, the rig included, makes it where mounts are looked for at the end.
     os.environ[MARKER] = marker
     os.environ["TMPDIR"] = tempfile.tempdir = str(root)
     # Children find the package whatever their working directory is, installed or not.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), before["PYTHONPATH"]]))
+    # A template outlives those whom it served: the tests that want one have it in a directory of theirs.
+    os.environ["SHIMCORE_TEMPLATE"] = os.environ.get("SHIMCORE_TEST_TEMPLATE", "0")
     guard = Guard(marker, f"sct-{marker[:8]}", [root, tmp_path_factory.getbasetemp()])
     yield guard
     left = guard.settle()

@@ -73,9 +73,11 @@ def test_ours_by_default(tmp_path: Path) -> None:
     )
     path = dest / "containerd-shim-runc-v2-py"
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}\n", "")
-    assert os.listdir(dest) == [path.name]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o755
-    text = path.read_text()
+    script = path.with_name(path.name + ".py")
+    assert sorted(os.listdir(dest)) == [path.name, script.name]
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(script.stat().st_mode) == 0o755
+    assert path.read_bytes().endswith(f"{sys.executable}\0{script}\x001\0".encode() + path.read_bytes()[-12:])
+    text = script.read_text()
     assert text.startswith(f"#!{sys.executable} -IS\n")
     assert text.endswith("run('io.containerd.runc.v2-py', 'shimcore.oci.shim:RuncShim')\n")
     compile(text, str(path), "exec")
@@ -130,11 +132,13 @@ def test_an_authors_shim(author: Path, tmp_path: Path) -> None:
     dest = tmp_path / "bin"
     path = Path(i.install(str(dest), runtime_id="io.containerd.foo.v1", shim="authors_shim:Foo"))
     assert path == dest / "containerd-shim-foo-v1"
-    text = path.read_text()
+    script = path.with_name(path.name + ".py")
+    assert b"\x000\0" in path.read_bytes()[-20:], "no template for a module that we do not know"
+    text = script.read_text()
     assert repr(str(author)) in text and "'authors_shim:Foo'" in text
     assert list((author / "__pycache__").glob("authors_shim.*.pyc")), "compiled, and not run: it would have exited"
     i.install(str(dest), runtime_id="io.containerd.foo.v1", shim="authors_package.deep:S")
-    assert "authors_package.deep:S" in path.read_text() and len(os.listdir(dest)) == 1
+    assert "authors_package.deep:S" in script.read_text() and len(os.listdir(dest)) == 2
     assert list((author / "authors_package" / "__pycache__").glob("deep.*.pyc"))
 
 

@@ -144,11 +144,12 @@ def test_debug_is_passed_on(author: Make) -> None:
 
 def test_a_class_instead_of_its_name(author: Make, tmp_path: Path) -> None:
     shim = author()
-    text = Path(shim.binary).read_text()
+    script = Path(shim.binary + ".py")
+    text = script.read_text()
     module = re.search(r"'(author\d+):Author'", text)
     assert module
     imported = f"from shimcore.shim import run\nfrom {module[1]} import Author\n"
-    Path(shim.binary).write_text(text.replace("from shimcore.shim import run\n", imported).replace(module[0], "Author"))
+    script.write_text(text.replace("from shimcore.shim import run\n", imported).replace(module[0], "Author"))
     assert shim.start() == shim.address()
 
 

@@ -57,6 +57,10 @@ pid_t sc_spawn(const sc_spawn_args *args, int *pidfd, int *at);
  * somebody chose stays, and where nothing is allowed nothing changes. */
 void sc_run_first(void);
 
+/* What /proc/self/cmdline, environ and comm say; both blocks are NUL-terminated strings one after the other. For
+ * processes with one thread. -EINVAL on kernels without CONFIG_CHECKPOINT_RESTORE. */
+int sc_set_title(const char *args, size_t nargs, const char *env, size_t nenv, const char *name);
+
 int64_t sc_now_mono(void); /* ns */
 int64_t sc_now_real(void); /* ns since the epoch */
 

@@ -59,6 +59,11 @@ class RuncShim(Shim):
             _place(pid, address, options.shim_cgroup)
         return address
 
+    @classmethod
+    def preload(cls) -> None:
+        from ..protos import anys, events_pb2, runc_options_pb2  # noqa: F401
+        from . import service  # noqa: F401
+
     def create_task_service(self, publisher: RemotePublisher) -> Task:
         from .service import RuncTask
 
@@ -127,15 +132,17 @@ def _place(pid: int, address: str, shim_cgroup: str) -> None:
     """Put the daemon into shim_cgroup, if one is asked for, and its oom_score_adj between containerd's and
     the containers'; a daemon that can't be put there is not left running."""
     from ..cgroup import add_task_to_cgroup, adjust_oom_score
+    from ..daemon import caller
 
     try:
         if shim_cgroup:
             add_task_to_cgroup(shim_cgroup, pid)
-        adjust_oom_score(pid)
+        adjust_oom_score(pid, caller())
     except BaseException:
         from ..address import remove_socket_silently
 
-        os.kill(pid, SIGKILL)  # our child, which nobody has waited for: the pid is its own
+        if pid != os.getpid():
+            os.kill(pid, SIGKILL)  # our child, which nobody has waited for: the pid is its own
         remove_socket_silently(address)
         raise
 
