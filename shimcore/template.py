@@ -30,7 +30,8 @@ else:
     import _signal  # the module signal wraps it in enums
 
 IDLE = 600.0  # seconds; SHIMCORE_TEMPLATE_IDLE
-SPARES = 2
+SPARES = 3
+REFILL = 0.02  # seconds after a request until its spare is replaced: its action goes first, where there are few cores
 BACKLOG = 128
 REQUEST_TIMEOUT = 5.0  # seconds that a launcher has for its request, and for its "go"
 REQUEST_MAX = 8 << 20
@@ -239,6 +240,8 @@ def _rehearse() -> None:
     body += b"".join(len(list).to_bytes(8, "little") + b"".join(text + b"\0" for text in list) for list in texts)
     there.sendmsg([len(body).to_bytes(8, "little") + body], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, b"\1\0\0\0\2\0\0\0")])
     request = _receive(here)
+    _entitle(sys.argv[1:])
+    _reaper.set_limits([])
     for fd in (request.stdin, request.cwd):
         os.close(fd)
     there.close()
@@ -305,14 +308,15 @@ class _Template:
         poller.register(self._notes[0], POLLIN)
         poller.register(self._signals[0], POLLIN)
         poller.register(self._changes, POLLIN)
-        last = _now()
+        last = _now() - REFILL
         while not stop:
-            while len(self._spares) < SPARES:
+            now = _now()
+            while len(self._spares) < SPARES and (not self._spares or now - last >= REFILL):
                 self._fork()
-            left = last + idle - _now()
+            left = last + idle - now
             if left <= 0:
                 break
-            for fd, _ in poller.poll(left * 1000):
+            for fd, _ in poller.poll(1000 * (left if len(self._spares) == SPARES else REFILL)):
                 if fd == self._changes:
                     stop = True
                 elif fd == self._notes[0]:
@@ -490,6 +494,7 @@ def main(runtime_id: str, shim: type[Shim] | str, config: Config, arguments: lis
 def _import_all() -> None:
     """What the actions import when they get there, now."""
     import _socket  # noqa: F401
+    import faulthandler  # noqa: F401
     import fcntl  # noqa: F401
     import select  # noqa: F401
     import struct  # noqa: F401

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from shimcore.rig import ActivationError, Rig
+from shimcore.template import SPARES
 from tests.faults import Later, until
 from tests.leaks import parent, state
 
@@ -518,7 +519,7 @@ def test_a_launcher_that_dies_before_its_go_has_done_nothing(rig: Rig, warm: War
     assert request.socket.recv(1) == b"R"
     request.close()
     warm.warm_up()
-    until(lambda: len(warm.spares()) == 2)
+    until(lambda: len(warm.spares()) == SPARES)
     assert sockets_of_shims() == before and os.listdir(bundle) == ["config.json"]
 
 

@@ -119,8 +119,8 @@ class Activator:
 
     @property
     def environment(self) -> dict[str, str]:
-        """All of an action's environment."""
-        env = dict(os.environ)
+        """All of an action's environment. A template, which would outlive the rig, is used when somebody asks for it."""
+        env = {"SHIMCORE_TEMPLATE": "0", **os.environ}
         env.update(GOMAXPROCS="2", TTRPC_ADDRESS=self.events)
         if self.generation != "1.6":
             env.update(GRPC_ADDRESS=self.grpc, NAMESPACE=self.namespace, MAX_SHIM_VERSION="2")
