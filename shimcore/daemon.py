@@ -1,8 +1,9 @@
 """The daemon: made by `start`, from this same executable.
 
 The parent binds the listener, so there is no race for the address and connections queue in the backlog at once; the child gets
-it as SOCKET_FD. A pipe tells the parent that the child serves, or with which words it ended, so that `start` never prints the
-address of a daemon that is dead already.
+it as SOCKET_FD. Over a socketpair the child tells its parent that it serves, or with which words it ended, so that `start` never
+prints the address of a daemon that is dead already; and the parent tells the child once the address is printed, so that no daemon
+lives on whose address nobody was told, since containerd had killed `start`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SOCKET_FD = 3
 _READY_FD = 4
 READY_ENV = "SHIMCORE_READY_FD"
 READY = b"R"
+PRINTED = b"P"
 # A daemon that neither serves nor ends. containerd's own limit on `start` is its caller's, often none.
 READY_TIMEOUT = 60.0
 _MESSAGE_MAX = 65536
@@ -44,6 +46,20 @@ class Warm:
 warm: Warm | None = None
 
 
+_unprinted: list[int] = []  # sockets to daemons whose addresses are still to be printed
+
+
+def printed() -> None:
+    """`start` has printed its result: the daemons that it made stay."""
+    while _unprinted:
+        fd = _unprinted.pop()
+        try:
+            os.write(fd, PRINTED)
+        except OSError:
+            pass  # it has ended already
+        os.close(fd)
+
+
 def caller() -> int:
     """Pid of the process that ran this shim's binary: containerd's, where containerd did."""
     return warm.caller if warm is not None else os.getppid()
@@ -63,8 +79,14 @@ def log_fd() -> int | None:
         return None
 
 
+def _pair() -> tuple[int, int]:
+    import _socket
+
+    return tuple(end.detach() for end in _socket.socketpair())  # type: ignore[return-value]
+
+
 def _wait_ready(ready: int, timeout: float) -> tuple[bool, str]:
-    """(it serves, its last words) from the readiness pipe. Raises DeadlineExceeded."""
+    """(it serves, its last words) from the socketpair. Raises DeadlineExceeded."""
     from select import POLLIN, poll
 
     poller = poll()
@@ -92,8 +114,9 @@ def spawn(
     process's own, which becomes the daemon when start_shim has returned.
 
     The daemon leads a session of its own; its stdin and stdout are /dev/null, its stderr is the bundle's log. It has been
-    serving when this returns. Raises Unavailable with the daemon's own words when it ends before that, DeadlineExceeded when it
-    does not get there in ready_timeout seconds, and what address.bind_or_reuse raises.
+    serving when this returns, and ends again when this process ends without having printed the address, as run() does. Raises
+    Unavailable with the daemon's own words when it ends before it serves, DeadlineExceeded when it does not get there in
+    ready_timeout seconds, and what address.bind_or_reuse raises.
     """
     where = address.socket_address(
         opts.address, opts.namespace, grouping or opts.id, **({"socket_dir": opts.socket_dir} if opts.socket_dir else {})
@@ -111,7 +134,7 @@ def spawn(
         return os.getpid(), where
     log = log_fd()
     try:
-        ready, told = os.pipe2(os.O_CLOEXEC)
+        ready, told = _pair()
         argv = [*command(), *arguments]
         fds = {SOCKET_FD: listener, _READY_FD: told}
         if log is not None:
@@ -124,6 +147,8 @@ def spawn(
         if not serves:
             raise Unavailable(words or "the daemon ended before it served, without a word")
         address.write_address(where)
+        _unprinted.append(ready)
+        ready = -1
     except BaseException:
         if pidfd >= 0:
             try:

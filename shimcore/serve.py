@@ -7,7 +7,7 @@ import stat
 from _thread import stack_size, start_new_thread
 
 from . import _reaper, logger, monitor
-from .daemon import READY, READY_ENV, SOCKET_FD
+from .daemon import PRINTED, READY, READY_ENV, SOCKET_FD
 from .debug import Debug, no_crash, report, watch_for_crashes
 from .errors import FailedPrecondition, Unavailable
 from .publisher import RemotePublisher, new_core
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     class Ready(Protocol):
         def tell(self, words: bytes) -> None: ...
+        def confirmed(self) -> None: ...
 
 
 _STACK = 512 * 1024
@@ -187,8 +188,10 @@ def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocat
 
 
 class _Ready:
-    """Tells the `start` that made this daemon that it serves, or why it does not. Raises Unavailable when `start` has gone:
-    containerd kills it when it takes too long, and would never hear of this daemon."""
+    """Tells the `start` that made this daemon that it serves, or why it does not, and hears from it that the address is printed.
+
+    `confirmed` raises Unavailable when that does not come: containerd kills a `start` that takes too long, and would never hear
+    of this daemon."""
 
     __slots__ = ("_fd",)
 
@@ -202,14 +205,27 @@ class _Ready:
     def tell(self, words: bytes) -> None:
         if self._fd < 0:
             return
-        fd, self._fd = self._fd, -1
         try:
-            os.write(fd, words)
+            os.write(self._fd, words)
+        except OSError:  # it has gone, which `confirmed` finds out
+            pass
+        if words != READY:
+            self._close()
+
+    def confirmed(self) -> None:
+        if self._fd < 0:
+            return
+        try:
+            word = os.read(self._fd, 1)
         except OSError:
-            if words == READY:
-                raise Unavailable("who started this daemon has gone, and told nobody its address") from None
-        finally:
-            os.close(fd)
+            word = b""
+        self._close()
+        if word != PRINTED:
+            raise Unavailable("who started this daemon has gone, and told nobody its address")
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
 
 def spill_path(socket_path: str) -> str:
@@ -322,6 +338,7 @@ def _serve(
     try:
         ready.tell(READY)
         logger.info("serving", pid=os.getpid())
+        ready.confirmed()
         shim.wait()
     finally:
         logger.info("shutting down")

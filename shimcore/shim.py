@@ -230,6 +230,10 @@ def act(runtime_id: str, shim: type[Shim] | str, config: Config, guard: _Guard |
         stdin = _read_stdin() if bootstrap.reads_stdin(flags) else b""
         invocation = bootstrap.parse_invocation(sys.argv[1:], os.environ, stdin)
         guard.result(_dispatch(runtime_id, shim, config, invocation, guard))
+        if invocation.action == bootstrap.START:
+            from .daemon import printed
+
+            printed()
         status = 0
     except SystemExit as end:
         guard.error(f"{runtime_id}: the shim's code called exit({end.code})")

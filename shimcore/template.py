@@ -132,10 +132,11 @@ def _write_oom_score_adj(value: int) -> None:
 class Guard:
     """Where a fork's result goes, in the place of stdout and stderr, which are the launcher's."""
 
-    __slots__ = ("_connection",)
+    __slots__ = ("_connection", "_sent")
 
     def __init__(self, connection: _socket.socket) -> None:
         self._connection: _socket.socket | None = connection
+        self._sent = False
         try:
             sink = os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -157,19 +158,28 @@ class Guard:
         except OSError:
             pass
 
-    def _send(self, status: int, out: bytes, err: bytes) -> None:
+    def printed(self) -> bool:
+        """Wait until the launcher has printed the result; whether it has."""
         connection, self._connection = self._connection, None
         if connection is None:
-            return
-        head = b"".join(number.to_bytes(4, "little") for number in (status, len(out), len(err)))
+            return False
         try:
-            connection.sendall(head + out + err)
+            return bool(connection.recv(1) == daemon.PRINTED)
+        except OSError:
+            return False
         finally:
             connection.close()
 
+    def _send(self, status: int, out: bytes, err: bytes) -> None:
+        if self._connection is None or self._sent:
+            return
+        self._sent = True
+        head = b"".join(number.to_bytes(4, "little") for number in (status, len(out), len(err)))
+        self._connection.sendall(head + out + err)
+
 
 class _Ready:
-    """Tells the launcher the address once the daemon serves. Raises Unavailable when that has gone: then there is to be none."""
+    """Tells the launcher the address once the daemon serves, and hears that it is printed; see serve._Ready."""
 
     __slots__ = ("_guard", "_result", "_warm")
 
@@ -188,9 +198,13 @@ class _Ready:
         write_address(self._warm.address)
         try:
             self._guard.result(self._result)
-        except OSError:
-            raise Unavailable("the launcher has gone, and told nobody this daemon's address") from None
+        except OSError:  # it has gone, which `confirmed` finds out
+            pass
         gc.enable()
+
+    def confirmed(self) -> None:
+        if not self._guard.printed():
+            raise Unavailable("the launcher has gone, and told nobody this daemon's address")
 
 
 def become(cls: type[Shim], runtime_id: str, config: Config, guard: Guard, result: bytes, warm: daemon.Warm) -> None:

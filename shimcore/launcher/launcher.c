@@ -376,17 +376,18 @@ static char answer(int fd, int64_t until)
 
 /* ---- the result ---- */
 
-static void print(int fd, const char *p, size_t n)
+static bool print(int fd, const char *p, size_t n)
 {
     while (n) {
         ssize_t w = write(fd, p, n);
         if (w < 0 && errno == EINTR)
             continue;
         if (w <= 0)
-            return;
+            return false;
         p += w;
         n -= (size_t)w;
     }
+    return true;
 }
 
 /* Exit status, length of what goes to stdout and of what goes to stderr, 4 bytes each, then both. */
@@ -406,9 +407,12 @@ static _Noreturn void relay(int fd, const char *name)
         if (n >= sizeof head) {
             memcpy(head, buf, sizeof head);
             if ((uint64_t)head[1] + head[2] + sizeof head <= n) {
-                print(1, buf + sizeof head, head[1]);
+                /* A daemon whose address is not printed ends again: that we have done so is the last word. */
+                bool printed = print(1, buf + sizeof head, head[1]);
                 print(2, buf + sizeof head + head[1], head[2]);
-                _exit((int)head[0]);
+                if (printed)
+                    send(fd, "P", 1, MSG_NOSIGNAL);
+                _exit(printed ? (int)head[0] : 1);
             }
         }
     }
