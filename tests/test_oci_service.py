@@ -335,7 +335,7 @@ def test_a_create_whose_caller_has_gone_is_taken_back(rig: Rig) -> None:
         ({"id": "-x"}, InvalidArgument),
         ({"bundle": "relative"}, InvalidArgument),
         ({"checkpoint": "/x"}, Unimplemented),
-        ({"stdout": "binary:///x"}, Unimplemented),
+        ({"stdout": "binary://x"}, InvalidArgument),
         ({"stdout": "/nonexistent/fifo"}, InvalidArgument),
         ({"options": AnyMessage(type_url="some.Unknown", value=b"x")}, InvalidArgument),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shimcore.errors import InvalidArgument, Unimplemented
+from shimcore.errors import InvalidArgument
 from shimcore.oci.stdio import Stdio, check, open_stdio
 
 
@@ -199,11 +199,13 @@ def test_nothing_stays_open_when_the_last_one_fails(fifos: tuple[str, str, str],
 
 def test_check() -> None:
     check("", "/x", "file:///y")
-    for uri in ("binary:///usr/bin/log?id=1", "binary-v2:///x"):
-        with pytest.raises(Unimplemented):
-            check("", uri, "")
-    with pytest.raises(InvalidArgument):
-        check("file:///x", "", "")
+    check("", "binary:///usr/bin/log?id=1", "binary:///usr/bin/log?id=1")
+    check("", "binary:///usr/bin/log?id=1", "")
+    for stdin in ("file:///x", "binary:///x"):
+        with pytest.raises(InvalidArgument):
+            check(stdin, "", "")
+    with pytest.raises(InvalidArgument, match="takes stdout as well"):
+        check("", "/x", "binary:///x")
     with pytest.raises(InvalidArgument):
         check("", "http://x", "")
 

@@ -91,7 +91,7 @@ class Container:
             mkdir(self.rootfs)
             self.mounted = True
             mount.mount_all(mounts, self.rootfs)
-        self.init.open_io((self.options.io_uid, self.options.io_gid))
+        self.init.open_io((self.options.io_uid, self.options.io_gid), self.namespace)
 
     def collect(self) -> int:
         """The pid of the init that was made. Raises OSError, InvalidArgument, Unknown."""

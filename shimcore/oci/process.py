@@ -63,11 +63,12 @@ class Process:
         self.console_socket: ConsoleSocket | None = None  # while the runtime makes the process
         self.size: tuple[int, int] | None = None  # width and height that were asked for before there was a terminal
 
-    def open_io(self, owner: tuple[int, int] = (0, 0)) -> None:
+    def open_io(self, owner: tuple[int, int] = (0, 0), namespace: str = "") -> None:
         """For the pool."""
         self.io = open_stdio(
-            self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner, terminal=self.terminal
-        )
+            self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner, terminal=self.terminal,
+            id=self.exec_id or self.slot.container_id, namespace=namespace,
+        )  # fmt: skip
         if self.terminal:
             from .terminal import ConsoleSocket
 
@@ -86,7 +87,10 @@ class Process:
         return fds
 
     def take_terminal(self) -> None:
-        """The runtime has made the process: fetch its terminal, if it has one. For the pool. Raises Unknown."""
+        """The runtime has made the process: fetch its terminal, if it has one, and look whether its logging binary lives. For the
+        pool. Raises Unknown."""
+        if self.io is not None and self.io.logger is not None:
+            self.io.logger.check()
         if self.console_socket is None or self.io is None:
             return
         master = self.console_socket.receive()
@@ -143,11 +147,12 @@ class Process:
             pause = min(2 * pause, DRAIN_LONGEST)
 
     async def drained(self, seconds: float) -> None:
-        """Wait until what the process wrote to its terminal has been handed on, at most so long; it has ended.
+        """Wait until what the process wrote to its terminal, or to a logging binary, has been handed on, at most so long; it has
+        ended.
 
         Programs that it has left behind may hold the terminal open for ever: then until nothing is to be read, twice, since the
         kernel hands a terminal's bytes on by a worker of its own."""
-        if not self.terminal or self.io is None:
+        if self.io is None or not (self.terminal or self.io.logger is not None):
             return
         pause, quiet = DRAIN_FIRST, 0
         while seconds > 0 and not self.io.drained():

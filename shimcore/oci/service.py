@@ -183,7 +183,7 @@ class RuncTask(Control):
         owner = (container.options.io_uid, container.options.io_gid)
         bound = False
         try:
-            await jobs.in_pool(_prepare_exec, files, process, owner)
+            await jobs.in_pool(_prepare_exec, files, process, owner, self.namespace)
             argv = container.runtime.exec(container.id, files.spec, files.pid, files.log, process.console_path)
             result = await self.run(context, runc.EXEC_TIMEOUT, argv, process.child_fds())
             if result.status != 0:
@@ -317,9 +317,9 @@ def _exit_of(slot: Slot) -> task_pb2.DeleteResponse:
     return response
 
 
-def _prepare_exec(files: ExecFiles, process: Process, owner: tuple[int, int]) -> None:
+def _prepare_exec(files: ExecFiles, process: Process, owner: tuple[int, int], namespace: str) -> None:
     files.write_spec(process.spec)
-    process.open_io(owner)
+    process.open_io(owner, namespace)
 
 
 def _collect_exec(files: ExecFiles, process: Process) -> int:

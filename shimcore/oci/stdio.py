@@ -8,8 +8,8 @@ file. What is unread keeps the write end open until Delete: a reader that opens 
 wait for ever, and its bytes go when the last end is closed. Of stdin we hold the write end, so that the end
 of the file comes from CloseIO alone.
 
-file:// is opened for appending and made 0644 if need be; "" is /dev/null; a plain path to a file or device
-that is there is opened for appending as it is.
+binary:// is a program that reads both (binlog). file:// is opened for appending and made 0644 if need be; "" is
+/dev/null; a plain path to a file or device that is there is opened for appending as it is.
 
 Every FIFO is looked at by an O_PATH descriptor and opened through /proc/self/fd, so that all opens get the
 one that was looked at. Opening may hang where the file system does: it is for the pool.
@@ -20,12 +20,13 @@ from __future__ import annotations
 import os
 import stat
 
-from ..errors import InvalidArgument, Unimplemented
+from ..errors import InvalidArgument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .binlog import Logger
     from .relay import Console
 
 FIONREAD = 0x541B  # termios.FIONREAD, without termios
@@ -34,15 +35,14 @@ _NULL_DEVICE = os.makedev(1, 3)
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """(scheme, path) of what a client names: "" , "fifo" or "file". Raises InvalidArgument and
-    Unimplemented."""
+    """(scheme, path) of what a client names: "", "fifo", "file" or "binary". Raises InvalidArgument."""
     if not uri:
         return "", ""
     scheme, separator, path = uri.partition("://")
     if not separator:
         scheme, path = "fifo", uri
-    if scheme in ("binary", "binary-v2"):
-        raise Unimplemented(f"stdio by {scheme}:// is not implemented")
+    if scheme == "binary":
+        return scheme, uri
     if scheme not in ("fifo", "file"):
         raise InvalidArgument(f"unknown scheme of stdio {uri!r}")
     path = path.partition("?")[0] if separator else path
@@ -52,11 +52,15 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 def check(stdin: str, stdout: str, stderr: str) -> None:
-    """Refuse what we can't do before anything is made. Raises InvalidArgument and Unimplemented."""
-    if _split(stdin)[0] == "file":
-        raise InvalidArgument("stdin can't be a file:// URI")
-    _split(stdout)
-    _split(stderr)
+    """Refuse what we can't do before anything is made. Raises InvalidArgument."""
+    if _split(stdin)[0] in ("file", "binary"):
+        raise InvalidArgument(f"stdin can't be a {_split(stdin)[0]}:// URI")
+    if _split(stderr)[0] == "binary" != _split(stdout)[0]:
+        raise InvalidArgument("a logging binary for stderr takes stdout as well")
+    if _split(stdout)[0] == "binary":
+        from .binlog import parse
+
+        parse(stdout)
 
 
 class _Stream:
@@ -78,7 +82,7 @@ class _Stream:
 class Stdio:
     """The open ends for one process. Made by open_stdio on the pool, then owned by the RPC thread."""
 
-    __slots__ = ("_child", "_closed", "_console", "_input", "_output", "_stdin_hold", "_streams")
+    __slots__ = ("_child", "_closed", "_console", "_input", "_output", "_stdin_hold", "_streams", "logger")
 
     def __init__(self) -> None:
         self._child: dict[int, int] = {}  # the child's fd -> ours
@@ -88,6 +92,7 @@ class Stdio:
         self._console: Console | None = None
         self._streams: list[_Stream] = []
         self._stdin_hold = -1
+        self.logger: Logger | None = None
         self._closed = False
 
     def child_fds(self) -> dict[int, int]:
@@ -118,12 +123,13 @@ class Stdio:
         return True
 
     def drained(self) -> bool:
-        """Whether all that was written to the terminal is in the client's FIFO or file, and nobody can write more."""
-        return self._console is None or self._console.drained
+        """Whether all that was written to the terminal is in the client's FIFO or file, and nobody can write more; and whether a
+        logging binary has ended."""
+        return (self._console is None or self._console.drained) and (self.logger is None or self.logger.ended())
 
     def quiet(self) -> bool:
         """The same, but some program may still have the terminal."""
-        return self._console is None or self._console.quiet()
+        return (self._console is None or self._console.quiet()) and (self.logger is None or self.logger.ended())
 
     def close_stdin(self) -> None:
         """CloseIO: the process reads to the end of what was written and then sees the end of the file.
@@ -138,6 +144,9 @@ class Stdio:
         self.close_stdin()
         if self._console is not None and not self._console.drained:
             return False
+        if self.logger is not None and self._output >= 0:  # of a terminal: now the logger sees the end
+            fd, self._output = self._output, -1
+            os.close(fd)
         left = False
         for stream in self._streams:
             if stream.write_fd < 0:
@@ -170,6 +179,8 @@ class Stdio:
                 os.close(stream.write_fd)
             os.close(stream.read_fd)
         self._streams = []
+        if self.logger is not None:
+            self.logger.close()
 
     # --- opening
 
@@ -214,6 +225,12 @@ class Stdio:
             self._child[0] = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
 
         _through_path(path, as_fifo, as_file)
+
+    def _open_logger(self, uri: str, id: str, namespace: str) -> None:
+        from .binlog import Logger
+
+        self.logger = Logger(uri, id, namespace)
+        self._child[1], self._child[2] = self.logger.stdout, self.logger.stderr
 
     def _open_output(self, number: int, scheme: str, path: str, owner: tuple[int, int]) -> None:
         if scheme == "file":
@@ -274,12 +291,14 @@ def open_stdio(
     hold_stdin: bool = True,
     owner: tuple[int, int] = (0, 0),
     terminal: bool = False,
+    id: str = "",
+    namespace: str = "",
 ) -> Stdio:
     """Open everything for one process; for the pool.
 
     terminal: they are for a terminal, which attach() brings; stderr is not used then. hold_stdin: False when CloseIO came
-    before the process. owner: uid and gid of the FIFOs of output (io_uid, io_gid). Raises InvalidArgument, Unimplemented,
-    OSError; nothing is left open then."""
+    before the process. owner: uid and gid of the FIFOs of output (io_uid, io_gid). id, namespace: what a logging binary is told.
+    Raises InvalidArgument, OSError, and what Logger raises; nothing is left open then."""
     io = Stdio()
     try:
         scheme, path = _split(stdin)
@@ -289,7 +308,13 @@ def open_stdio(
             io._open_null(0)
         for number, uri in ((1, stdout), (2, "" if terminal else stderr)):
             scheme, path = _split(uri)
-            if scheme:
+            if number == 2 and io.logger is not None:
+                if terminal:  # which has one stream
+                    os.close(io._child[2])
+                    io._open_null(2)
+            elif scheme == "binary":
+                io._open_logger(uri, id, namespace)
+            elif scheme:
                 io._open_output(number, scheme, path, owner)
             else:
                 io._open_null(number)
