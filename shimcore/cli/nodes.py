@@ -1,0 +1,146 @@
+"""The shims on this node, found without containerd: by their processes, and by the sockets that they listen on."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..address import DEBUG_SUFFIX
+
+# containerd makes a shim's name from the runtime's: io.containerd.runc.v2 -> containerd-shim-runc-v2.
+_NAME = re.compile(r"containerd-shim-[^/]+-v\d[^/]*")
+TIMEOUT = 5.0  # seconds for a shim to answer
+
+
+@dataclass
+class Shim:
+    """One shim's daemon. debug: its debug socket, "" where it has none, as other people's shims."""
+
+    pid: int
+    name: str
+    namespace: str
+    id: str
+    bundle: str
+    debug: str = ""
+    told: dict[str, Any] = field(default_factory=dict)  # its dump, once asked
+
+
+class NoAnswer(Exception):
+    """A shim could not be asked; says why."""
+
+
+def _words(pid: int) -> list[str]:
+    try:
+        return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+    except OSError:
+        return []
+
+
+def _flag(words: list[str], name: str) -> str:
+    for at, word in enumerate(words):
+        if word in (f"-{name}", f"--{name}") and at + 1 < len(words):
+            return words[at + 1]
+        if word.startswith((f"-{name}=", f"--{name}=")):
+            return word.partition("=")[2]
+    return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def listeners() -> dict[str, str]:
+    """Path to inode of every unix socket that has a path and listens (/proc/net/unix, flags 00010000)."""
+    found = {}
+    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
+        fields = line.split(None, 7)
+        if len(fields) == 8 and fields[3] == "00010000":
+            found[fields[7]] = fields[6]
+    return found
+
+
+def _sockets_of(pid: int) -> set[str]:
+    found = set()
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            link = _link(f"/proc/{pid}/fd/{fd}")
+            if link.startswith("socket:["):
+                found.add(link[8:-1])
+    except OSError:
+        pass
+    return found
+
+
+def shims() -> list[Shim]:
+    """Every shim's daemon whose process we may look at, ours and other people's, oldest pid first."""
+    debug = {inode: path for path, inode in listeners().items() if path.endswith(DEBUG_SUFFIX)}
+    found = []
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        words = _words(pid)
+        names = [os.path.basename(word) for word in words[:3]]  # of a script its interpreter comes first
+        name = next((name.removesuffix(".py") for name in names if _NAME.fullmatch(name)), "")
+        if not name or "-id" not in words or words[-1] in ("start", "delete"):
+            continue
+        socket_path = next((debug[inode] for inode in _sockets_of(pid) if inode in debug), "")
+        found.append(Shim(pid, name, _flag(words, "namespace"), _flag(words, "id"), _link(f"/proc/{pid}/cwd"), socket_path))
+    return found
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("shim", timeout=TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(self._path)
+
+
+def ask(shim: Shim, path: str) -> bytes:
+    """What a shim answers on its debug socket. Raises NoAnswer."""
+    if not shim.debug:
+        raise NoAnswer(f"{shim.name} (pid {shim.pid}) has no debug socket")
+    connection = _Connection(shim.debug)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise NoAnswer(f"{shim.name} (pid {shim.pid}) does not answer on {shim.debug}: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise NoAnswer(f"{shim.name} (pid {shim.pid}) answers {response.status}: {body.decode(errors='replace').strip()}")
+    return body
+
+
+def look(shim: Shim) -> Shim:
+    """With what it tells of itself, where it can be asked."""
+    if shim.debug:
+        try:
+            shim.told = json.loads(ask(shim, "/dump"))
+        except (NoAnswer, ValueError):
+            pass
+    return shim
+
+
+def choose(wanted: str, among: list[Shim]) -> Shim:
+    """The shim of a container's id, of a unique beginning of it, or with this pid. Raises NoAnswer."""
+    exact = [shim for shim in among if wanted in (shim.id, str(shim.pid))]
+    served = exact or [shim for shim in among if any(one["container"] == wanted for one in look(shim).told.get("processes", ()))]
+    found = served or [shim for shim in among if shim.id.startswith(wanted)]
+    if not found:
+        raise NoAnswer(f"no shim of a container {wanted}, and none with that pid")
+    if len(found) > 1:
+        raise NoAnswer(f"{wanted} fits several: " + ", ".join(f"{shim.namespace}/{shim.id} (pid {shim.pid})" for shim in found))
+    return found[0]
