@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from shimcore import logger
 from shimcore.errors import InvalidArgument, ShimError
+from shimcore.oci.relay import carry
 from shimcore.rig import Rig
 
 STOCK = Path("/usr/bin/containerd-shim-runc-v2")
@@ -263,3 +265,25 @@ def test_input_from_a_file_is_refused(ours: Rig, tmp_path: Path) -> None:
         container.create()
     container.stdio.stdin = ""
     container.end()
+
+
+def test_output_that_can_not_be_written_is_counted_and_logged(tmp_path: Path) -> None:
+    """A full disk. The program goes on, and the log says what became of its output."""
+    (tmp_path / "log").write_text("")
+    before = logger.set_logger(logger.Logger(str(tmp_path / "log")))
+    master, slave = os.openpty()
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        console = carry(master, -1, full)
+        for _ in range(3):
+            os.write(slave, b"x" * 1000)
+        until(lambda: console.lost == 3000)
+        os.close(slave)
+        until(lambda: console.drained)
+        console.close()
+    finally:
+        logger.set_logger(before)
+        os.close(full)
+    first, last = (tmp_path / "log").read_text().splitlines()
+    assert 'msg="output of a terminal is lost"' in first and "No space left on device" in first
+    assert "bytes=" in last and "3000" in last

@@ -20,7 +20,7 @@ class Console:
     """One terminal under way. master: the console's fd, which this owns. input, output: fds or -1; the caller's, and open until
     `over` is true or close() has returned."""
 
-    __slots__ = ("_events", "_from", "_out", "_relay", "closed", "input", "master", "output", "over")
+    __slots__ = ("_events", "_from", "_out", "_relay", "closed", "input", "lost", "master", "output", "over")
 
     def __init__(self, relay: Relay, master: int, input: int, output: int) -> None:
         self._relay = relay
@@ -30,6 +30,7 @@ class Console:
         self.master = master
         self.input = input
         self.output = output
+        self.lost = 0  # bytes of output that could not be written: a full disk, for one
         self.closed = False
         self.over = False
 
@@ -71,11 +72,23 @@ class Console:
             elif data is not None:
                 self._from += data
         elif fd == self.output and self._out:
-            self._out = _write(fd, self._out)
+            self._hand_on()
 
     def flush(self) -> None:
         while self._out:
-            self._out = _write(self.output, self._out)
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Write what there is for the reader. What can never be written is given up, counted, and logged once."""
+        try:
+            self._out = self._out[os.write(self.output, self._out) :]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            if not self.lost:
+                logger.error("output of a terminal is lost", error=error.strerror)
+            self.lost += len(self._out)
+            self._out = b""
 
     def _read_master(self) -> None:
         data = _read(self.master)
@@ -86,7 +99,7 @@ class Console:
             self._from = b""
         elif self.output >= 0:
             self._out += data
-            self._out = _write(self.output, self._out)
+            self._hand_on()
 
     @property
     def drained(self) -> bool:
@@ -114,7 +127,7 @@ def _read(fd: int) -> bytes | None:
 
 
 def _write(fd: int, data: bytes) -> bytes:
-    """What is left of it. Of a peer that has gone for good, nothing."""
+    """What is left of it. Of a terminal that nobody has open any more, nothing."""
     try:
         return data[os.write(fd, data) :]
     except (BlockingIOError, InterruptedError):
@@ -160,6 +173,8 @@ class Relay:
             console.closed = True
             self._disarm(console)
             os.close(console.master)
+            if console.lost:
+                logger.error("output of a terminal was lost", bytes=console.lost)
 
     def _arm(self, console: Console) -> None:
         want = console.wanted()
