@@ -17,7 +17,7 @@ from typing import Any
 
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from shimcore import _reaper
+from shimcore import _reaper, logger
 from shimcore._ttrpc import INLINE, POOL, Context, Server
 from shimcore.errors import NotFound
 from shimcore.oci.service import RuncTask
@@ -116,6 +116,23 @@ def process(task: LabTask) -> dict[str, Any]:
 def set_cgroups(task: LabTask, id: str, cgroups: dict[str, str]) -> None:
     """Where Stats of a container reads."""
     task.containers[id].cgroups = cgroups
+
+
+@offered
+def set_cgroup(task: LabTask, id: str, path: str) -> None:
+    """Where Pids of a container reads."""
+    task.containers[id].cgroup = path
+
+
+@offered
+def sleep(task: LabTask, seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@offered
+def log_to(task: LabTask, path: str) -> int:
+    """The log goes there from now on; how many lines the one before has dropped."""
+    return logger.set_logger(logger.Logger(path)).dropped
 
 
 @offered
