@@ -17,7 +17,7 @@ CFLAGS_CORE := -std=gnu11 -D_GNU_SOURCE= -Wall -Wextra -Werror -pthread -Ishimco
 SHIM := containerd-shim-runc-v2-py
 ARGS ?=
 
-.PHONY: help deps build run test lint shim sanitize protos bench bench-exits trials clean
+.PHONY: help deps build run test lint shim sanitize protos bench bench-exits matrix trials clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,10 @@ bench: build ## time our shim beside the stock one, in one run
 
 bench-exits: build ## from the death of a process to its event on containerd's socket, ours beside a bare C loop, Go and Rust
 	@$(PY) -m benchmarks.exit_latency $(ARGS)
+
+MATRIX ?= v2.4.2
+matrix: build ## the containerd suite under Debian's containerd and newer ones (MATRIX="v2.4.2 …", needs Go); writes docs/matrix.md
+	@$(PY) tools/matrix.py $(MATRIX)
 
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)

@@ -231,7 +231,12 @@ class Containerd:
 
     def shim_socket(self, container: str) -> Path:
         """Where the shim listens, from the file that it wrote in the bundle."""
-        return Path((self.bundle(container) / "address").read_text().removeprefix("unix://"))
+        bundle = self.bundle(container)
+        if (bundle / "address").exists():
+            address = (bundle / "address").read_text()
+        else:  # a shim of containerd 2's does not write it; containerd keeps what `start` has said
+            address = json.loads((bundle / "bootstrap.json").read_text())["address"]
+        return Path(address.removeprefix("unix://"))
 
     @contextmanager
     def events(self) -> Iterator[Events]:
