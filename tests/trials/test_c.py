@@ -1,4 +1,4 @@
-"""Trials C: leaked shims and sockets, restarts, hangs. Each says how it was seen red."""
+"""Trials C: leaked shims and sockets, restarts, hangs. Each says what would turn it red."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trials E: stdio and logs. Each says how it was seen red. E8 stands in tests/test_oci_binlog.py."""
+"""Trials E: stdio and logs. Each says what would turn it red. E8 stands in tests/test_oci_binlog.py."""
 
 from __future__ import annotations
 

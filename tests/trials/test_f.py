@@ -1,4 +1,4 @@
-"""Trials F: OOM, on the cgroups that this machine has. Each says how it was seen red."""
+"""Trials F: OOM, on the cgroups that this machine has. Each says what would turn it red."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Trials G1 to G3 and G5: memory, threads, Stats. Each says how it was seen red."""
+"""Trials G1 to G5 and G10: memory, threads, Stats, what is called and how often. Each says how it was seen red, or (G4, G5, G10)
+what would turn it so.
+
+G6 and G7 stand in tests/test_debug.py, G8 in tests/test_cli.py, G9 in tests/test_template.py."""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 
 from shimcore.errors import DeadlineExceeded
 from shimcore.protos import metrics_v2_pb2, task_pb2
-from shimcore.rig import FROZEN, UP
+from shimcore.rig import FROZEN, UP, Rig
 from shimcore.ttrpc import codec
 from tests.faults import FULL, Lab, Later, scale, together, until
 
@@ -156,3 +159,34 @@ def test_G5_stats_are_quick(lab: Lab) -> None:
     took.sort()
     if FULL:
         assert took[int(len(took) * 0.99)] < 0.005, f"p99 {took[int(len(took) * 0.99)] * 1e3:.1f} ms"
+
+
+# red: State answered by `runc state`; a second runtime call for each exec
+def test_G4_one_runtime_call_for_each_exec_and_none_for_state(lab: Lab) -> None:
+    box = lab.box("g4")
+    before = list(lab.runtime.calls)
+    for number in range(20):
+        box.exec(f"e{number}", ["@exit", "1"])
+        for _ in range(5):
+            box.task.state()
+            box.task.state(f"e{number}")
+            box.task.pids()
+            box.task.connect()
+        assert box.status(f"e{number}") == 1
+        assert box.delete(f"e{number}") == 1
+    assert lab.runtime.calls[len(before) :] == [f"exec g4 e{number}" for number in range(20)]
+
+
+# red: adjust_oom_score left out of _place
+def test_G10_the_shims_oom_score_stands_between_containerds_and_the_containers(shim_dir: Path, rootfs: Path) -> None:
+    """That a warm start gives the same is told by the comparison in test_template."""
+    with Rig(shim_dir / "containerd-shim-runc-v2-py", rootfs=rootfs) as rig:
+        container = rig.container(["sleep", "100"])
+        ours = int(Path(f"/proc/{os.getpid()}/oom_score_adj").read_text())
+        assert int(Path(f"/proc/{container.shim_pid}/oom_score_adj").read_text()) == min(ours + 1, 1000)
+        container.create()
+        container.start()
+        assert int(Path(f"/proc/{container.pid}/oom_score_adj").read_text()) == min(ours + 1, 1000)
+        container.task.kill(9)
+        container.wait()
+        container.delete()
