@@ -560,8 +560,10 @@ def test_pause_and_resume(rig: Rig) -> None:
     resume()
     assert slot.status == _reaper.RUNNING
     pause()
+    slot.hold()  # nothing is frozen here: it dies at once, and one that is told has nothing to be thawed
     rig.kill()  # thaws it, or it would never die
     assert rig.calls()[-2:] == ["pause c1", "resume c1"]
+    slot.release()
 
 
 def test_update_hands_the_resources_to_the_runtime(rig: Rig) -> None:
