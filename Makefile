@@ -17,7 +17,7 @@ CFLAGS_CORE := -std=gnu11 -D_GNU_SOURCE= -Wall -Wextra -Werror -pthread -Ishimco
 SHIM := containerd-shim-runc-v2-py
 ARGS ?=
 
-.PHONY: help deps build run test lint shim sanitize protos bench bench-exits matrix trials clean
+.PHONY: help deps build run test lint shim sanitize protos bench bench-exits bench-ttrpc matrix trials clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ bench: build ## time our shim beside the stock one, in one run
 
 bench-exits: build ## from the death of a process to its event on containerd's socket, ours beside a bare C loop, Go and Rust
 	@$(PY) -m benchmarks.exit_latency $(ARGS)
+
+bench-ttrpc: build ## ttrpc servers under one load: ours with a Python handler, Go's, and a bare C loop
+	@$(PY) -m benchmarks.ttrpc $(ARGS)
 
 MATRIX ?= v2.4.2
 matrix: build ## the containerd suite under Debian's containerd and newer ones (MATRIX="v2.4.2 …", needs Go); writes docs/matrix.md
