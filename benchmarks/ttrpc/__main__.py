@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from ..exit_latency.place import ROOT, Program
-from .peers import BUILD, FLOOR, GO, compile_c, servers
+from .peers import BATCHED, BUILD, FLOOR, GO, compile_c, servers
 
 Cell = tuple[str, int, int]  # place, bytes, outstanding
 Row = dict[str, float]  # rate (rpc/s), p50, p99, cpu (µs)
@@ -33,11 +33,11 @@ def measure(load: str, path: str, pid: int, size: int, outstanding: int, ms: int
 
 
 def table(results: dict[Cell, dict[str, Row]]) -> str:
-    lines = ["| place | bytes | outstanding | server | rpc/s | p50 µs | p99 µs | CPU µs/rpc | rpc/s ÷ Go | rpc/s ÷ floor |"]
-    lines.append("|---" * 10 + "|")
+    lines = ["| place | bytes | outstanding | server | rpc/s | p50 µs | p99 µs | CPU µs/rpc | rpc/s ÷ Go | ÷ floor | ÷ batched |"]
+    lines.append("|---" * 11 + "|")
     for (where, size, outstanding), rows in results.items():
         for name, row in rows.items():
-            ratios = [f"{row['rate'] / rows[peer]['rate']:.2f}" if peer in rows else "–" for peer in (GO, FLOOR)]
+            ratios = [f"{row['rate'] / rows[peer]['rate']:.2f}" if peer in rows else "–" for peer in (GO, FLOOR, BATCHED)]
             cells = [where, str(size), str(outstanding), name, f"{row['rate']:.0f}", f"{row['p50']:.1f}", f"{row['p99']:.1f}",
                      f"{row['cpu']:.2f}", *ratios]
             lines.append(f"| {' | '.join(cells)} |")

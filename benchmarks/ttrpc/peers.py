@@ -15,7 +15,7 @@ BUILD = ROOT / "build" / "ttrpc-peers"
 GO_VERSION = "v1.2.10"
 DEBIAN = Path("/usr/share/gocode/src/github.com/containerd/ttrpc")
 
-OURS, GO, FLOOR = "shimcore", f"Go {GO_VERSION}", "C floor"
+OURS, GO, FLOOR, BATCHED = "shimcore", f"Go {GO_VERSION}", "C floor", "C floor, batched"
 
 
 class Missing(Exception):
@@ -65,7 +65,7 @@ def servers() -> tuple[dict[str, list[str]], dict[str, str]]:
     found = {
         OURS: [sys.executable, "-m", "benchmarks.ttrpc.ours"],
         FLOOR: [floor],
-        "C floor, batched": [floor, "--batched"],
+        BATCHED: [floor, "--batched"],
     }
     missing = {}
     for title, name in ((GO, "head"), ("Go, Debian's", "debian")):
