@@ -101,6 +101,12 @@ void sc_call_ref(sc_call *);
 void sc_call_unref(sc_call *);
 /* Answer, once. batch: the RPC thread may send it with others at the next flush. */
 void sc_call_reply(sc_call *, int32_t code, const char *message, size_t message_len, const void *payload, size_t n, bool batch);
+/* read.c and request.c, for each other and server.c */
+void sc_conn_drop(sc_server *, sc_conn *);
+void sc_conn_ready(sc_server *, sc_conn *, uint32_t events);
+bool sc_conn_quiet(sc_conn *, bool ending);
+void sc_conn_answer(sc_conn *, uint32_t stream, int32_t code, const char *text);
+void sc_server_request(sc_server *, sc_conn *, uint32_t stream, const uint8_t *data, size_t n);
 /* conn.c, for server.c */
 void sc_conn_unref(sc_conn *);
 void sc_server_unref(sc_server *);
