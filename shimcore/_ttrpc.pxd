@@ -26,21 +26,28 @@ cdef extern from "core/server.h" nogil:
         sc_slice payload
         uint8_t *metadata
         size_t metadata_len
+        uint8_t streams
+        void *cookie
+    ctypedef struct sc_message:
+        size_t n
+        uint8_t *p
     ctypedef struct sc_limits:
         size_t max_message
         unsigned max_inflight
         unsigned max_connections
         size_t max_unsent
         bint check_peer
+        size_t max_unread
     enum:
-        SC_WORK_CALLS, SC_WORK_NOTES, SC_WORK_STOPPED, SC_WORK_WOKEN, SC_WORK_IDLE
-        SC_NATIVE_STATE, SC_NATIVE_WAIT, SC_NATIVE_CONNECT
+        SC_WORK_CALLS, SC_WORK_NOTES, SC_WORK_STOPPED, SC_WORK_WOKEN, SC_WORK_IDLE, SC_WORK_EVENTS
+        SC_NATIVE_STATE, SC_NATIVE_WAIT, SC_NATIVE_CONNECT, SC_STREAM_CLIENT, SC_STREAM_SERVER
+        SC_READABLE, SC_WRITABLE, SC_CANCELLED
         SC_MAX_MESSAGE
         SC_INTERNAL, SC_UNKNOWN, SC_RESOURCE_EXHAUSTED
     sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
     void sc_server_free(sc_server *s)
     int sc_server_listen(sc_server *s, int fd)
-    int sc_server_method(sc_server *s, const char *service, const char *method, int native, int index)
+    int sc_server_method(sc_server *s, const char *service, const char *method, int kind, int index)
     int sc_server_wait(sc_server *s)
     sc_call *sc_server_next(sc_server *s)
     void sc_server_drain(sc_server *s)
@@ -50,6 +57,10 @@ cdef extern from "core/server.h" nogil:
     int sc_standin_start(sc_server *s)
     void sc_server_close_all(sc_server *s)
     void sc_call_unref(sc_call *k)
+    int sc_call_recv(sc_call *k, bint wait, sc_message **out)
+    int sc_call_send(sc_call *k, const void *p, size_t n, bint wait)
+    int sc_call_want(sc_call *k, int events)
+    sc_call *sc_server_events(sc_server *s, int *events)
     void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message_len, const void *payload, size_t n,
                        bint batch)
 

@@ -1,7 +1,7 @@
 """The core's framing and RPC thread as Python sees them."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal
 
 from ._reaper import Core
 
@@ -9,6 +9,11 @@ MAX_MESSAGE: Final[int]
 INLINE: Final[int]
 POOL: Final[int]
 COROUTINE: Final[int]
+CLIENT_STREAM: Final[int]
+SERVER_STREAM: Final[int]
+READABLE: Final[int]
+WRITABLE: Final[int]
+CANCELLED: Final[int]
 
 class Context:
     """What a handler is told about its call besides the request."""
@@ -28,20 +33,40 @@ class Context:
     def peer(self) -> tuple[int, int, int]:
         """(pid, uid, gid) of the peer (SO_PEERCRED)."""
 
+    @property
+    def service(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Have callback called once, on the thread that reads, when the caller's connection ends before its call is answered; at
+        once and here if it has. It must not block."""
+    def receive(self, wait: bool) -> bytes | Literal[False] | None:
+        """For shimcore.streams: the peer's next message, None after the last one, False when it would have to wait."""
+    def send(self, message: bytes, wait: bool) -> bool:
+        """For shimcore.streams: False when it would have to wait."""
+    def want(self, events: int, callback: Callable[[], None]) -> int: ...
+
 class Server:
     """A ttrpc server whose reading thread is `run`'s. Frames are parsed in C without the GIL.
 
-    max_message: bytes of one message, envelope included (ttrpc: 4 MiB). max_inflight: requests being handled per connection.
-    workers: the pool for handlers that block."""
+    max_message: bytes of one message, envelope included (ttrpc: 4 MiB). max_inflight: requests being handled, per connection.
+    max_connections: more wait to be accepted. max_unsent: bytes that a peer may leave unread before its requests are. max_unread:
+    bytes that handlers of a connection's streams may leave untaken before it is left unread. workers: threads of the pool for
+    handlers that block. check_peer: only peers with our effective user and group (SO_PEERCRED). interceptors: called around each
+    handler as interceptor(request, context, handler), the first one outermost; each returns what handler(request, context)
+    returns."""
 
     def __init__(
-        self, core: Core, *, max_message: int = ..., max_inflight: int = ..., max_connections: int = ..., workers: int = ...,
-        check_peer: bool = True,
+        self, core: Core, *, max_message: int = ..., max_inflight: int = ..., max_connections: int = ..., max_unsent: int = ...,
+        max_unread: int = ..., workers: int = ..., check_peer: bool = True, interceptors: Sequence[Callable[..., Any]] = (),
     ) -> None: ...
     def add_listener(self, fd: int) -> None:
         """Accept connections from a listening stream socket; the server owns fd from now on."""
-    def add_service(self, name: str, methods: Mapping[str, tuple[int, Callable[..., Any], Any]]) -> None:
-        """methods: name on the wire -> (INLINE | POOL | COROUTINE, handler, request class). Handlers get (request, Context)."""
+    def add_service(
+        self, name: str, methods: Mapping[str, tuple[int, Callable[..., Any], Any] | tuple[int, Callable[..., Any], Any, int]]
+    ) -> None:
+        """methods: name on the wire -> (INLINE | POOL | COROUTINE, handler, request class) and, where it streams, CLIENT_STREAM |
+        SERVER_STREAM. Handlers get (request, Context); see shimcore.streams."""
     def native_task(self, *names: str) -> None:
         """Answer State, Wait and Connect of these services in C from the core's exit table."""
     def on_note(self, callback: Callable[[tuple[Any, ...]], None]) -> None:

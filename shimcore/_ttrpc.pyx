@@ -3,20 +3,31 @@
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdlib cimport free
 
 from ._reaper cimport Core, sc_has_notes, sc_now_mono
+
+cdef extern from "<errno.h>" nogil:
+    enum:
+        EAGAIN, EMSGSIZE, ETIMEDOUT
 
 import os
 from _thread import get_ident
 
 from ._reaper import ExitSignal
-from .errors import ShimError, from_exception
+from .errors import Canceled, DeadlineExceeded, ResourceExhausted, ShimError, from_exception
 from .jobs import Pool, Task, resume
 
 MAX_MESSAGE = SC_MAX_MESSAGE
 INLINE = 1
 POOL = 2
 COROUTINE = 3
+CLIENT_STREAM = 1
+SERVER_STREAM = 2
+READABLE = SC_READABLE
+WRITABLE = SC_WRITABLE
+CANCELLED = SC_CANCELLED
 
 
 @cython.no_gc_clear
@@ -24,6 +35,7 @@ cdef class Context:
     cdef sc_call *k  # a reference
     cdef Server server  # which must outlive the call
     cdef list pairs
+    cdef list waiting  # (events, callback); while it holds any, the call has a reference to this
 
     def __dealloc__(self):
         if self.k != NULL:
@@ -64,6 +76,91 @@ cdef class Context:
     def peer(self):
         return self.k.conn.pid, self.k.conn.uid, self.k.conn.gid
 
+    @property
+    def service(self):
+        return self.server.names[self.k.method][0]
+
+    @property
+    def method(self):
+        return self.server.names[self.k.method][1]
+
+    def on_cancel(self, callback):
+        if self.want(SC_CANCELLED, callback):
+            callback()
+
+    # ---- streams; see streams.py ----
+
+    def receive(self, bint wait):
+        """The peer's next message, None after the last one; False: none yet, and not to be waited for."""
+        cdef sc_message *m
+        cdef int r
+        with nogil:
+            r = sc_call_recv(self.k, wait, &m)
+        if r == 1:
+            try:
+                return PyBytes_FromStringAndSize(<const char *>m.p, m.n)
+            finally:
+                free(m)
+        return None if r == 0 else self.failed(r)
+
+    def send(self, bytes message, bint wait):
+        """False: the peer has too much to read already, which was not to be waited for."""
+        cdef const char *p = PyBytes_AS_STRING(message)
+        cdef size_t n = PyBytes_GET_SIZE(message)
+        cdef int r
+        with nogil:
+            r = sc_call_send(self.k, p, n, wait)
+        return True if r == 0 else self.failed(r)
+
+    cdef failed(self, int r):
+        if r == -EAGAIN:
+            return False
+        if r == -ETIMEDOUT:
+            raise DeadlineExceeded("the caller's deadline has passed")
+        if r == -EMSGSIZE:
+            raise ResourceExhausted(f"message exceeds maximum message size of {self.server.max_message}")
+        raise Canceled("the caller has gone")
+
+    cpdef int want(self, int events, callback) except -1:
+        """Have callback called once on the RPC thread when one of the events holds; 0, or those that hold now: then it is not
+        called."""
+        cdef int now
+        cdef tuple entry = (events, callback)
+        if not self.waiting:
+            self.waiting = []
+            Py_INCREF(self)
+            self.k.cookie = <void *>self
+        self.waiting.append(entry)
+        with nogil:
+            now = sc_call_want(self.k, events)
+        if now:
+            self.waiting.remove(entry)
+            self.let_go()
+        return now
+
+    cdef let_go(self):
+        if not self.waiting and self.k.cookie != NULL:
+            self.k.cookie = NULL
+            Py_DECREF(self)
+
+    cdef told(self, int events):
+        cdef list due = [entry for entry in self.waiting if <int>entry[0] & events]
+        self.waiting = [entry for entry in self.waiting if not <int>entry[0] & events]
+        self.let_go()
+        for entry in due:
+            try:
+                entry[1]()
+            except BaseException as exc:
+                from . import logger
+
+                logger.error("a callback failed", method=self.method, error=repr(exc))
+
+    cdef end(self):
+        """It has been answered: nobody waits for its events any more."""
+        if self.waiting:
+            self.waiting = []
+            self.let_go()
+
     cdef reply(self, bytes payload, bint batch):
         cdef const char *p = PyBytes_AS_STRING(payload)
         cdef size_t n = PyBytes_GET_SIZE(payload)
@@ -78,6 +175,8 @@ cdef class Context:
             sc_call_reply(self.k, code, p, n, NULL, 0, batch)
 
     cdef answer(self, response, error, bint batch):
+        if self.waiting:
+            self.end()
         if error is not None:
             code, text = from_exception(error)
             self.fail(code, text, batch)
@@ -85,6 +184,9 @@ cdef class Context:
                 from .debug import report
 
                 report(error, "a handler")
+            return
+        if self.k.streams & SC_STREAM_SERVER:  # all its messages have been sent
+            self.reply(b"", batch)
             return
         try:
             payload = response.SerializeToString()
@@ -100,7 +202,10 @@ cdef class Context:
 cdef class Server:
     cdef sc_server *s
     cdef readonly Core core
-    cdef list methods    # (kind, handler, FromString)
+    cdef list methods    # (kind, handler, FromString, request class)
+    cdef list names      # (service, method)
+    cdef tuple interceptors
+    cdef readonly size_t max_message
     cdef object callback
     cdef object idle, ended
     cdef object pool
@@ -108,13 +213,18 @@ cdef class Server:
     cdef object thread
 
     def __cinit__(self, Core core, *, size_t max_message=SC_MAX_MESSAGE, unsigned max_inflight=65536,
-                  unsigned max_connections=4096, size_t max_unsent=8388608, int workers=2, check_peer=True):
+                  unsigned max_connections=4096, size_t max_unsent=8388608, size_t max_unread=8388608, int workers=2, check_peer=True,
+                  interceptors=()):
         cdef sc_limits limits
         limits.max_message = max_message
         limits.max_inflight = max_inflight
         limits.max_connections = max_connections
         limits.max_unsent = max_unsent
+        limits.max_unread = max_unread
         limits.check_peer = bool(check_peer)
+        self.max_message = max_message
+        self.interceptors = tuple(interceptors)
+        self.names = []
         self.core = core
         self.methods = []
         self.idle = ExitSignal()
@@ -136,12 +246,22 @@ cdef class Server:
             raise OSError(-r, os.strerror(-r), "epoll_ctl")
 
     def add_service(self, name, methods):
-        for method, (kind, handler, request_class) in methods.items():
+        for method, (kind, handler, request_class, *streams) in methods.items():
+            streams = streams[0] if streams else 0
             if kind not in (INLINE, POOL, COROUTINE):
                 raise ValueError(f"{name}/{method}: kind {kind!r} is none of INLINE, POOL, COROUTINE")
-            if sc_server_method(self.s, name.encode(), method.encode(), 0, len(self.methods)) < 0:
+            if streams not in (0, 1, 2, 3) or streams and kind == INLINE:
+                raise ValueError(f"{name}/{method}: a method that streams is of kind POOL or COROUTINE")
+            for interceptor in reversed(self.interceptors):
+                handler = intercepted(interceptor, handler)
+            if streams:
+                from .streams import adapted
+
+                handler = adapted(kind, handler, request_class.FromString, streams)
+            if sc_server_method(self.s, name.encode(), method.encode(), streams * SC_STREAM_CLIENT, len(self.methods)) < 0:
                 raise MemoryError
-            self.methods.append((kind, handler, request_class.FromString))
+            self.methods.append((kind, handler, request_class.FromString, request_class))
+            self.names.append((name, method))
 
     def native_task(self, *names):
         for name in names:
@@ -159,9 +279,14 @@ cdef class Server:
         cdef Context ctx = Context.__new__(Context)
         ctx.k = k
         ctx.server = self
-        kind, handler, parse = <tuple>self.methods[k.method]
+        kind, handler, parse, make = <tuple>self.methods[k.method]
         try:
-            request = parse(PyBytes_FromStringAndSize(<const char *>k.payload.p, k.payload.n))
+            if k.payload.n:
+                request = parse(PyBytes_FromStringAndSize(<const char *>k.payload.p, k.payload.n))
+            elif k.streams & SC_STREAM_CLIENT:
+                request = None
+            else:
+                request = make()
         except BaseException as exc:
             ctx.fail(SC_INTERNAL, f"request can't be parsed: {exc}", True)
             return
@@ -180,6 +305,17 @@ cdef class Server:
             ctx.answer(None, exc, True)
         else:
             ctx.answer(response, None, True)
+
+    cdef tell(self):
+        cdef int events
+        cdef sc_call *k
+        while True:
+            k = sc_server_events(self.s, &events)
+            if k == NULL:
+                return
+            if k.cookie != NULL:
+                (<Context>k.cookie).told(events)
+            sc_call_unref(k)
 
     cdef note(self, tuple n):
         try:
@@ -216,6 +352,8 @@ cdef class Server:
                         if k == NULL:
                             break
                         self.dispatch(k)
+                if work & SC_WORK_EVENTS:
+                    self.tell()
                 if work & SC_WORK_IDLE:
                     self.idle.signal()
                 if work & SC_WORK_STOPPED:
@@ -224,6 +362,7 @@ cdef class Server:
             self.closed = True
             with nogil:
                 sc_server_close_all(self.s)
+            self.tell()
             self.running = False
             self.ended.signal()
 
@@ -249,6 +388,10 @@ cdef class Server:
         with nogil:
             sc_server_stop(self.s)
         self.ended.wait(timeout)
+
+
+def intercepted(interceptor, handler):
+    return lambda request, context: interceptor(request, context, handler)
 
 
 cdef work(handler, request, Context ctx):

@@ -31,6 +31,7 @@ LAW = [
     {"task"},
     {"state"},
     {"monitor"},
+    {"streams"},
     {"publisher", "util", "jobs", "ledger"},
     {"logger"},
     {"mount"},

@@ -19,6 +19,7 @@ void sc_conn_unref(sc_conn *c)
     sc_buf_free(&c->lent);
     sc_buf_free(&c->out);
     pthread_mutex_destroy(&c->lock);
+    pthread_cond_destroy(&c->changed);
     sc_server_unref(c->srv);
     free(c);
 }
@@ -28,7 +29,8 @@ void sc_conn_arm(sc_conn *c)
     if (c->dead)
         return;
     c->paused = c->out.len > (c->paused ? c->srv->limits.max_unsent / 2 : c->srv->limits.max_unsent);
-    uint32_t want = (c->eof || c->paused ? 0 : EPOLLIN) | (c->out.len && !c->sending ? EPOLLOUT : 0);
+    c->stalled = c->unread > (c->stalled ? c->srv->limits.max_unread / 2 : c->srv->limits.max_unread);
+    uint32_t want = (c->eof || c->paused || c->stalled ? 0 : EPOLLIN) | (c->out.len && !c->sending ? EPOLLOUT : 0);
     if (want == c->armed)
         return;
     struct epoll_event ev = {.events = want, .data.ptr = c};
@@ -77,6 +79,14 @@ static void drain(sc_conn *c)
     }
 }
 
+/* Under its lock, after bytes were sent. */
+static void sent(sc_conn *c)
+{
+    sc_conn_arm(c);
+    if ((c->waiting || c->want_write) && c->out.len <= c->srv->limits.max_unsent / 2)
+        sc_stream_writable(c);
+}
+
 void sc_conn_flush(sc_conn *c)
 {
     pthread_mutex_lock(&c->lock);
@@ -85,7 +95,7 @@ void sc_conn_flush(sc_conn *c)
         drain(c);
         c->sending = false;
     }
-    sc_conn_arm(c);
+    sent(c);
     pthread_mutex_unlock(&c->lock);
 }
 
@@ -135,11 +145,19 @@ void sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *bod
         drain(c);
         c->sending = false;
     }
-    sc_conn_arm(c);
+    sent(c);
     pthread_mutex_unlock(&c->lock);
 }
 
 /* ---- calls ---- */
+
+sc_call *sc_conn_call(sc_conn *c, uint32_t stream)
+{
+    sc_call *k = c->streams[stream / 2 % (sizeof c->streams / sizeof *c->streams)];
+    while (k && k->stream != stream)
+        k = k->next_stream;
+    return k;
+}
 
 void sc_call_ref(sc_call *k)
 {
@@ -150,6 +168,7 @@ void sc_call_unref(sc_call *k)
 {
     if (atomic_fetch_sub(&k->refs, 1) != 1)
         return;
+    sc_stream_free(k);
     sc_conn_unref(k->conn);
     free(k->metadata);
     free(k->owned);
@@ -199,7 +218,11 @@ void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message
     }
     if (code)
         atomic_fetch_add_explicit(&c->srv->failures, 1, memory_order_relaxed);
-    size_t head_len = sc_response_head(head, k->stream, code, message, code ? message_len : 0, n);
+    size_t head_len = SC_HEADER;
+    if (!code && k->streams & SC_STREAM_SERVER)
+        sc_header_write(head, 0, k->stream, SC_DATA, SC_FLAG_REMOTE_CLOSED | SC_FLAG_NO_DATA);
+    else
+        head_len = sc_response_head(head, k->stream, code, message, code ? message_len : 0, n);
     sc_conn_send(c, head, head_len, payload, n, batch);
     pthread_mutex_lock(&c->lock);
     if (k->prev)
@@ -214,6 +237,8 @@ void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message
         p = &(*p)->next_stream;
     if (*p)
         *p = k->next_stream;
+    if (k->streams)
+        sc_stream_over(k);
     bool parked = k->parked;
     if (parked)
         c->parked--;

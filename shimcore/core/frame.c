@@ -156,7 +156,7 @@ bool sc_request_parse(const uint8_t *p, size_t n, sc_request *out)
             switch (f.field) {
             case 1: out->service = f.bytes; break;
             case 2: out->method = f.bytes; break;
-            case 3: out->payload = f.bytes; break;
+            case 3: out->payload = f.bytes; out->has_payload = true; break;
             case 5:
                 if (!out->pairs++)
                     out->metadata.p = at;

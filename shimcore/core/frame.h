@@ -32,6 +32,7 @@ typedef struct {
 
 typedef struct {
     sc_slice service, method, payload;
+    bool has_payload;      /* it may be empty and there all the same */
     int64_t timeout_ns;    /* 0 none, negative expired */
     uint32_t pairs;        /* metadata pairs */
     sc_slice metadata;     /* from the first pair to the end of the last one; other fields may stand between */

@@ -27,6 +27,7 @@ void sc_conn_drop(sc_server *s, sc_conn *c)
             parked = k;
         }
     }
+    sc_stream_broken(c);
     sc_buf_free(&c->out);
     pthread_mutex_unlock(&c->lock);
     while (parked) {
@@ -52,25 +53,15 @@ void sc_conn_drop(sc_server *s, sc_conn *c)
     sc_conn_unref(c);
 }
 
-static bool active(sc_conn *c, uint32_t stream)
-{
-    pthread_mutex_lock(&c->lock);
-    sc_call *k = c->streams[stream / 2 % (sizeof c->streams / sizeof *c->streams)];
-    while (k && k->stream != stream)
-        k = k->next_stream;
-    pthread_mutex_unlock(&c->lock);
-    return k != NULL;
-}
-
 /* One frame, whole. */
 static void frame(sc_server *s, sc_conn *c, const sc_header *h, const uint8_t *data)
 {
     if (h->stream % 2 == 0)
         sc_conn_answer(c, h->stream, SC_INVALID_ARGUMENT, "StreamID must be odd for client initiated streams");
     else if (h->type == SC_REQUEST)
-        sc_server_request(s, c, h->stream, data, h->length);
-    else if (h->type == SC_DATA && !active(c, h->stream))
-        sc_conn_answer(c, h->stream, SC_INVALID_ARGUMENT, "StreamID is no longer active");
+        sc_server_request(s, c, h, data);
+    else if (h->type == SC_DATA)
+        sc_stream_data(c, h, data);
 }
 
 /* Every whole frame of p; returns the bytes taken, or -1: not a peer to go on with. */
@@ -159,6 +150,7 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
         sc_conn_flush(c);
         pthread_mutex_lock(&c->lock);
         c->eof = true;
+        sc_stream_broken(c);
         sc_conn_arm(c);
         pthread_mutex_unlock(&c->lock);
         /* SHUT_WR of a peer that still reads: its answers go out first. A peer that has gone gives EPOLLHUP. */

@@ -22,14 +22,14 @@ static sc_slice slice(const char *text)
     return (sc_slice){(const uint8_t *)text, strlen(text)};
 }
 
-int sc_server_method(sc_server *s, const char *service, const char *method, int native, int index)
+int sc_server_method(sc_server *s, const char *service, const char *method, int kind, int index)
 {
     struct sc_route *r = calloc(1, sizeof *r);
     if (!r || !(r->service = strdup(service)) || !(r->method = strdup(method)))
         return -ENOMEM;
     r->service_len = strlen(service);
     r->method_len = strlen(method);
-    r->native = native;
+    r->kind = kind;
     r->index = index;
     size_t h = route_hash(slice(service), slice(method));
     r->next = s->routes[h]; /* in front: the last registration of a name counts */
@@ -145,15 +145,30 @@ static void answer_native(sc_server *s, sc_call *k, int native)
     }
 }
 
-void sc_server_request(sc_server *s, sc_conn *c, uint32_t stream, const uint8_t *data, size_t n)
+/* A request's payload is the first message, if it has one. */
+static bool open_stream(sc_call *k, uint8_t flags, const sc_request *q)
 {
+    bool ok = true;
+    pthread_mutex_lock(&k->conn->lock);
+    k->messages_tail = &k->messages;
+    if (q->has_payload && !(flags & SC_FLAG_NO_DATA))
+        ok = sc_stream_push(k, q->payload.p, q->payload.n);
+    k->ended = flags & SC_FLAG_REMOTE_CLOSED;
+    pthread_mutex_unlock(&k->conn->lock);
+    k->payload.n = 0;
+    return ok;
+}
+
+void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8_t *data)
+{
+    uint32_t stream = h->stream;
     if (stream <= c->last_stream) {
         sc_conn_answer(c, stream, SC_INVALID_ARGUMENT, "StreamID cannot be re-used and must increment");
         return;
     }
     c->last_stream = stream;
     sc_request q;
-    if (!sc_request_parse(data, n, &q)) {
+    if (!sc_request_parse(data, h->length, &q)) {
         sc_conn_answer(c, stream, SC_INVALID_ARGUMENT, "request can't be parsed");
         return;
     }
@@ -210,11 +225,17 @@ void sc_server_request(sc_server *s, sc_conn *c, uint32_t stream, const uint8_t 
                 service = o->service_len == q.service.n && !memcmp(o->service, q.service.p, q.service.n);
         answer_named(k, SC_UNIMPLEMENTED, service ? "method" : "service", service ? q.method : q.service);
         sc_call_unref(k);
-    } else if (r->native) {
-        answer_native(s, k, r->native);
+    } else if (r->kind && r->kind < SC_STREAM_CLIENT) {
+        answer_native(s, k, r->kind);
         sc_call_unref(k);
     } else {
         k->method = r->index;
+        k->streams = (uint8_t)r->kind;
+        if (r->kind & SC_STREAM_CLIENT && !open_stream(k, h->flags, &q)) {
+            sc_call_reply(k, SC_RESOURCE_EXHAUSTED, "out of memory", 13, NULL, 0, true);
+            sc_call_unref(k);
+            return;
+        }
         if (s->standin.acting) {
             sc_standin_hold(s, k);
         } else {

@@ -30,6 +30,8 @@ sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
     s->ready_tail = &s->ready;
     s->standin.ready_tail = &s->standin.ready;
     pthread_mutex_init(&s->standin.role, NULL);
+    s->events_tail = &s->events;
+    pthread_mutex_init(&s->event_lock, NULL);
     pthread_mutex_init(&s->dirty_lock, NULL);
     s->wake_kind = K_WAKE;
     s->mail_kind = K_MAIL;
@@ -67,6 +69,10 @@ void sc_server_free(sc_server *s)
     if (!s)
         return;
     sc_server_close_all(s);
+    sc_call *k;
+    int events;
+    while ((k = sc_server_events(s, &events)))
+        sc_call_unref(k);
     if (s->epfd >= 0)
         close(s->epfd);
     s->epfd = -1;
@@ -90,6 +96,7 @@ void sc_server_unref(sc_server *s)
     if (s->wakefd >= 0)
         close(s->wakefd);
     pthread_mutex_destroy(&s->standin.role);
+    pthread_mutex_destroy(&s->event_lock);
     pthread_mutex_destroy(&s->dirty_lock);
     free(s->rbuf);
     free(s);
@@ -208,6 +215,11 @@ static void accept_all(sc_server *s, struct listener *l)
         atomic_init(&c->refs, 1);
         atomic_fetch_add(&s->refs, 1);
         pthread_mutex_init(&c->lock, NULL);
+        pthread_condattr_t attr;
+        pthread_condattr_init(&attr);
+        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+        pthread_cond_init(&c->changed, &attr);
+        pthread_condattr_destroy(&attr);
         c->armed = EPOLLIN;
         if (watch(s, fd, EPOLLIN, c) < 0) {
             sc_conn_unref(c);
@@ -308,8 +320,11 @@ void sc_server_poll(sc_server *s)
 int sc_server_wait(sc_server *s)
 {
     int work = sc_standin_return(s);
+    atomic_store(&s->reader, pthread_self());
     for (;;) {
         work |= sc_server_handle(s, false);
+        if (atomic_load(&s->has_events))
+            work |= SC_WORK_EVENTS;
         if (s->ready)
             work |= SC_WORK_CALLS;
         else if (atomic_load(&s->stop))

@@ -12,6 +12,13 @@
 typedef struct sc_server sc_server;
 typedef struct sc_call sc_call;
 
+/* A message of a stream that its handler has not taken yet. */
+typedef struct sc_message {
+    struct sc_message *next;
+    size_t n;
+    uint8_t p[];
+} sc_message;
+
 typedef struct sc_conn {
     int kind; /* what epoll's pointer points to; see server.c */
     int fd;
@@ -25,7 +32,7 @@ typedef struct sc_conn {
     sc_buf lent;     /* an earlier `in`, whose bytes calls of the RPC thread may still borrow */
     size_t skip;     /* what is left of a frame that is too long */
     uint32_t last_stream;
-    bool eof;
+    bool eof; /* under lock too */
     /* under the server's dirty_lock: */
     bool dirty;
     struct sc_conn *next_dirty;
@@ -33,6 +40,11 @@ typedef struct sc_conn {
     pthread_mutex_t lock;
     sc_buf out;
     bool sending, dead, paused;
+    bool stalled;         /* it is left unread until handlers have taken what their streams were sent */
+    size_t unread;        /* bytes of messages that handlers have not taken yet, with what each costs */
+    unsigned waiting;     /* threads that wait for `changed` */
+    unsigned want_write;  /* calls that are to be told when they may send again */
+    pthread_cond_t changed;
     uint32_t armed; /* events asked of epoll */
     sc_call *calls;
     sc_call *streams[64]; /* the same calls, by stream id: chains */
@@ -56,6 +68,15 @@ struct sc_call {
     size_t metadata_len;
     bool parked;
     sc_waiter waiter;
+    uint8_t streams; /* SC_STREAM_* */
+    /* under the connection's lock: */
+    bool ended;      /* the peer sends no more messages */
+    uint8_t want;    /* what it is to be told of: SC_READABLE … */
+    sc_message *messages, **messages_tail;
+    /* under the server's event_lock: */
+    uint8_t events;
+    sc_call *next_event;
+    void *cookie;    /* Python's Context, while it wants to be told; RPC thread */
 };
 
 typedef struct {
@@ -63,18 +84,19 @@ typedef struct {
     unsigned max_inflight, max_connections; /* max_inflight: of calls being handled, and of parked Waits, each */
     size_t max_unsent; /* bytes waiting for a peer that does not read, before its requests are left unread */
     bool check_peer;
+    size_t max_unread; /* bytes waiting for handlers of streams that do not read, before their connection is left unread */
 } sc_limits;
 
 /* IDLE: draining, no call is left, and no answer is left to be sent. */
-enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN = 8, SC_WORK_IDLE = 16 };
+enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN = 8, SC_WORK_IDLE = 16, SC_WORK_EVENTS = 32 };
 
 sc_server *sc_server_new(sc_core *, const sc_limits *);
 void sc_server_free(sc_server *);
 int sc_server_listen(sc_server *, int fd);
-/* native: 0 a Python method, else SC_NATIVE_*. Before the first wait only. */
 enum { SC_RBUF = 262144 }; /* bytes read at a time */
-enum { SC_NATIVE_STATE = 1, SC_NATIVE_WAIT, SC_NATIVE_CONNECT };
-int sc_server_method(sc_server *, const char *service, const char *method, int native, int index);
+enum { SC_NATIVE_STATE = 1, SC_NATIVE_WAIT, SC_NATIVE_CONNECT, SC_STREAM_CLIENT = 16, SC_STREAM_SERVER = 32 };
+/* kind: 0 a Python method, SC_NATIVE_*, or which side of a Python method streams. Before the first wait only. */
+int sc_server_method(sc_server *, const char *service, const char *method, int kind, int index);
 /* Block for work; a mask of SC_WORK_*. */
 int sc_server_wait(sc_server *);
 sc_call *sc_server_next(sc_server *); /* the caller owns the reference; NULL: none left */
@@ -101,12 +123,32 @@ void sc_call_ref(sc_call *);
 void sc_call_unref(sc_call *);
 /* Answer, once. batch: the RPC thread may send it with others at the next flush. */
 void sc_call_reply(sc_call *, int32_t code, const char *message, size_t message_len, const void *payload, size_t n, bool batch);
+
+/* stream.c. What the peer of a stream sends is taken, and what it is sent is given, message by message. Any thread. */
+enum { SC_READABLE = 1, SC_WRITABLE = 2, SC_CANCELLED = 4 };
+/* The next message, which the caller frees: 1; no more will come: 0; -ECANCELED: the connection or the call has ended;
+ * -EAGAIN: there is none yet, and `wait` was false; -ETIMEDOUT: none before the call's deadline. */
+int sc_call_recv(sc_call *, bool wait, sc_message **out);
+/* Send a message: 0, or an error as above; -EAGAIN: the peer has not read what it was sent; -EMSGSIZE. */
+int sc_call_send(sc_call *, const void *p, size_t n, bool wait);
+/* Be told of one of these by sc_server_events, once. What holds already; 0: it will be told. */
+int sc_call_want(sc_call *, int events);
+sc_call *sc_server_events(sc_server *, int *events); /* RPC thread; the caller owns the reference; NULL: none */
+void sc_stream_data(sc_conn *, const sc_header *, const uint8_t *data);
+bool sc_stream_push(sc_call *, const uint8_t *p, size_t n); /* under the connection's lock; false: no memory */
+void sc_stream_tell(sc_call *, int events);                 /* under the connection's lock */
+void sc_stream_broken(sc_conn *);                           /* under its lock: it has ended, or its peer sends no more */
+void sc_stream_writable(sc_conn *);                         /* under its lock */
+void sc_stream_over(sc_call *);                             /* under the connection's lock: it has been answered */
+void sc_stream_free(sc_call *);
+
 /* read.c and request.c, for each other and server.c */
 void sc_conn_drop(sc_server *, sc_conn *);
 void sc_conn_ready(sc_server *, sc_conn *, uint32_t events);
 bool sc_conn_quiet(sc_conn *, bool ending);
 void sc_conn_answer(sc_conn *, uint32_t stream, int32_t code, const char *text);
-void sc_server_request(sc_server *, sc_conn *, uint32_t stream, const uint8_t *data, size_t n);
+void sc_server_request(sc_server *, sc_conn *, const sc_header *h, const uint8_t *data);
+sc_call *sc_conn_call(sc_conn *, uint32_t stream); /* under its lock */
 /* conn.c, for server.c */
 void sc_conn_unref(sc_conn *);
 void sc_server_unref(sc_server *);
@@ -146,7 +188,7 @@ struct sc_server {
         struct sc_route *next;
         char *service, *method;
         size_t service_len, method_len;
-        int native, index;
+        int kind, index;
     } *routes[64];
     sc_conn *conns, *dirty;
     unsigned nconns;
@@ -156,6 +198,10 @@ struct sc_server {
     uint8_t *rbuf;
     int64_t accept_again; /* 0, or when to try accept after EMFILE */
     atomic_bool draining, stop;
+    pthread_mutex_t event_lock;
+    sc_call *events, **events_tail;
+    atomic_bool has_events;
+    _Atomic pthread_t reader; /* who has the role, or had it last */
     atomic_uint inflight;
     atomic_ullong calls, failures; /* so far: requests that were taken, and answers with another code than OK */
 };

@@ -91,6 +91,7 @@ static void act(sc_server *s, unsigned moves)
     if (!t->rbuf && !(t->rbuf = malloc(SC_RBUF)))
         return;
     t->acting = true;
+    atomic_store(&s->reader, pthread_self());
     atomic_fetch_add(&t->acted, 1);
     while (atomic_load(&t->moves) == moves && !atomic_load(&t->back) && !atomic_load(&t->quit) && t->held < HELD_MAX) {
         int work = sc_server_handle(s, true);

@@ -73,7 +73,7 @@ static inline void *srv_loop(void *arg)
     return arg;
 }
 
-static const sc_limits srv_defaults = {SC_MAX_MESSAGE, 65536, 4096, 8388608, true};
+static const sc_limits srv_defaults = {SC_MAX_MESSAGE, 65536, 4096, 8388608, true, 8388608};
 
 static inline void srv_start(const sc_limits *limits)
 {

@@ -63,7 +63,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     (void)argc, (void)argv;
     struct sockaddr_un a = {.sun_family = AF_UNIX};
-    const sc_limits limits = {SC_MAX_MESSAGE, 64, 64, 262144, true};
+    const sc_limits limits = {SC_MAX_MESSAGE, 64, 64, 262144, true, 65536};
     snprintf(path, sizeof path, "/tmp/sc-fuzz-%d.sock", (int)getpid());
     memcpy(a.sun_path, path, strlen(path));
     unlink(path);

@@ -1,0 +1,142 @@
+"""Handlers of methods that stream, for shimcore._ttrpc; imported with the first of them.
+
+A handler that blocks gets an iterator where its client streams and returns one where it streams itself; one written as a
+coroutine gets an async iterator, and is an async generator where it streams itself.
+"""
+
+from __future__ import annotations
+
+from ._ttrpc import CLIENT_STREAM, COROUTINE, READABLE, SERVER_STREAM, WRITABLE
+from .errors import DeadlineExceeded, Internal, Unknown
+from .jobs import Op
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from typing import Any
+
+    from ._ttrpc import Context
+    from .jobs import Task
+
+
+class _Ready(Op):
+    """Until a message can be received or sent; DeadlineExceeded when the call's deadline comes first."""
+
+    __slots__ = ("_call", "_events", "_task")
+
+    def __init__(self, call: Context, events: int) -> None:
+        self._call = call
+        self._events = events
+        self._task: Task | None = None
+
+    def begin(self, task: Task) -> bool:
+        left = self._call.remaining
+        if left is not None and left <= 0:
+            raise DeadlineExceeded("the caller's deadline has passed")
+        self._task = task
+        if self._call.want(self._events, self._happened):
+            self._task = None
+            return True
+        if left is not None:
+            task.core.timer(left, self)
+        return False
+
+    def _happened(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.step()
+
+    def step(self) -> None:  # the timer
+        task, self._task = self._task, None
+        if task is not None:
+            task.step(None, DeadlineExceeded("the caller's deadline has passed"))
+
+
+class Requests:
+    """What the client sends, message by message, until it has half-closed. Iterate over it with `for` in a handler that may
+    block, with `async for` in a coroutine.
+
+    Raises Canceled when the caller has gone, DeadlineExceeded when its deadline has passed, Internal for a message that does not
+    parse."""
+
+    __slots__ = ("_call", "_parse")
+
+    def __init__(self, call: Context, parse: Callable[[bytes], Any]) -> None:
+        self._call = call
+        self._parse = parse
+
+    def _parsed(self, raw: bytes) -> Any:
+        try:
+            return self._parse(raw)
+        except Exception as error:
+            raise Internal(f"message can't be parsed: {error}") from None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        raw = self._call.receive(True)
+        if raw is None:
+            raise StopIteration
+        return self._parsed(raw)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        while (raw := self._call.receive(False)) is False:
+            await _Ready(self._call, READABLE)
+        if raw is None:
+            raise StopAsyncIteration
+        return self._parsed(raw)
+
+
+def _bytes(message: Any) -> bytes:
+    try:
+        raw = message.SerializeToString()
+        if isinstance(raw, bytes):
+            return raw
+        error: Exception = TypeError("its SerializeToString returns no bytes")
+    except Exception as exc:
+        error = exc
+    raise Unknown(f"handler sent {type(message).__name__}, not a message: {error}")
+
+
+def _blocking(handler: Callable[[Any, Context], Any], request: Any, call: Context) -> None:
+    messages = handler(request, call)
+    if not hasattr(messages, "__iter__"):
+        raise Unknown(f"handler returned {type(messages).__name__}, not an iterator of messages")
+    try:
+        for message in messages:
+            call.send(_bytes(message), True)
+    finally:
+        if hasattr(messages, "close"):
+            messages.close()
+
+
+async def _awaiting(handler: Callable[[Any, Context], Any], request: Any, call: Context) -> None:
+    messages = handler(request, call)
+    if not hasattr(messages, "__aiter__"):
+        raise Unknown(f"handler returned {type(messages).__name__}, not an async iterator of messages")
+    try:
+        async for message in messages:
+            raw = _bytes(message)
+            while not call.send(raw, False):
+                await _Ready(call, WRITABLE)
+    finally:
+        if hasattr(messages, "aclose"):
+            await messages.aclose()
+
+
+def adapted(
+    kind: int, handler: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], streams: int
+) -> Callable[[Any, Context], Any]:
+    """The handler as the server calls it, like one that does not stream; kind: POOL or COROUTINE."""
+    serve = _awaiting if kind == COROUTINE else _blocking
+
+    def call(request: Any, context: Context) -> Any:
+        if streams & CLIENT_STREAM:
+            request = Requests(context, parse)
+        return serve(handler, request, context) if streams & SERVER_STREAM else handler(request, context)
+
+    return call
