@@ -76,7 +76,7 @@ class Requests:
 
     def __next__(self) -> Any:
         raw = self._call.receive(True)
-        if raw is None:
+        if not isinstance(raw, bytes):  # waited for: None
             raise StopIteration
         return self._parsed(raw)
 
