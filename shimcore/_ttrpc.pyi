@@ -13,7 +13,6 @@ CLIENT_STREAM: Final[int]
 SERVER_STREAM: Final[int]
 READABLE: Final[int]
 WRITABLE: Final[int]
-CANCELLED: Final[int]
 
 class Context:
     """What a handler is told about its call besides the request."""
@@ -34,9 +33,11 @@ class Context:
         """(pid, uid, gid) of the peer (SO_PEERCRED)."""
 
     @property
-    def service(self) -> str: ...
+    def service(self) -> str:
+        """Full name of the service that was called."""
     @property
-    def method(self) -> str: ...
+    def method(self) -> str:
+        """Name of the method in it."""
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Have callback called once, on the thread that reads, when the caller's connection ends before its call is answered; at
         once and here if it has. It must not block."""
@@ -44,7 +45,9 @@ class Context:
         """For shimcore.streams: the peer's next message, None after the last one, False when it would have to wait."""
     def send(self, message: bytes, wait: bool) -> bool:
         """For shimcore.streams: False when it would have to wait."""
-    def want(self, events: int, callback: Callable[[], None]) -> int: ...
+    def want(self, events: int, callback: Callable[[], None]) -> int:
+        """For shimcore.streams: have callback called once on the thread that reads when it is READABLE or WRITABLE; not if the
+        result is not 0, which is what it is already."""
 
 class Server:
     """A ttrpc server whose reading thread is `run`'s. Frames are parsed in C without the GIL.

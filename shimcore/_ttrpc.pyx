@@ -27,7 +27,6 @@ CLIENT_STREAM = 1
 SERVER_STREAM = 2
 READABLE = SC_READABLE
 WRITABLE = SC_WRITABLE
-CANCELLED = SC_CANCELLED
 
 
 @cython.no_gc_clear
@@ -78,11 +77,11 @@ cdef class Context:
 
     @property
     def service(self):
-        return self.server.names[self.k.method][0]
+        return self.server.methods[self.k.method][4]
 
     @property
     def method(self):
-        return self.server.names[self.k.method][1]
+        return self.server.methods[self.k.method][5]
 
     def on_cancel(self, callback):
         if self.want(SC_CANCELLED, callback):
@@ -156,8 +155,8 @@ cdef class Context:
                 logger.error("a callback failed", method=self.method, error=repr(exc))
 
     cdef end(self):
-        """It has been answered: nobody waits for its events any more."""
-        if self.waiting:
+        """It has been answered: nobody waits for its events any more, but for those of a connection that has ended."""
+        if not self.k.cancelled:
             self.waiting = []
             self.let_go()
 
@@ -202,8 +201,7 @@ cdef class Context:
 cdef class Server:
     cdef sc_server *s
     cdef readonly Core core
-    cdef list methods    # (kind, handler, FromString, request class)
-    cdef list names      # (service, method)
+    cdef list methods    # (kind, handler, FromString, request class, service, method)
     cdef tuple interceptors
     cdef readonly size_t max_message
     cdef object callback
@@ -224,7 +222,6 @@ cdef class Server:
         limits.check_peer = bool(check_peer)
         self.max_message = max_message
         self.interceptors = tuple(interceptors)
-        self.names = []
         self.core = core
         self.methods = []
         self.idle = ExitSignal()
@@ -260,8 +257,7 @@ cdef class Server:
                 handler = adapted(kind, handler, request_class.FromString, streams)
             if sc_server_method(self.s, name.encode(), method.encode(), streams * SC_STREAM_CLIENT, len(self.methods)) < 0:
                 raise MemoryError
-            self.methods.append((kind, handler, request_class.FromString, request_class))
-            self.names.append((name, method))
+            self.methods.append((kind, handler, request_class.FromString, request_class, name, method))
 
     def native_task(self, *names):
         for name in names:
@@ -279,7 +275,7 @@ cdef class Server:
         cdef Context ctx = Context.__new__(Context)
         ctx.k = k
         ctx.server = self
-        kind, handler, parse, make = <tuple>self.methods[k.method]
+        kind, handler, parse, make, _, _ = <tuple>self.methods[k.method]
         try:
             if k.payload.n:
                 request = parse(PyBytes_FromStringAndSize(<const char *>k.payload.p, k.payload.n))
@@ -309,12 +305,14 @@ cdef class Server:
     cdef tell(self):
         cdef int events
         cdef sc_call *k
+        cdef Context ctx
         while True:
             k = sc_server_events(self.s, &events)
             if k == NULL:
                 return
             if k.cookie != NULL:
-                (<Context>k.cookie).told(events)
+                ctx = <Context>k.cookie  # a reference: the call may let go of its own meanwhile
+                ctx.told(events)
             sc_call_unref(k)
 
     cdef note(self, tuple n):

@@ -19,37 +19,56 @@ if TYPE_CHECKING:
     from .jobs import Task
 
 
-class _Ready(Op):
-    """Until a message can be received or sent; DeadlineExceeded when the call's deadline comes first."""
+_LATE = "the caller's deadline has passed"
 
-    __slots__ = ("_call", "_events", "_task")
+
+class _Alarm:
+    """Stepped by the timer of a call's deadline. Nothing can stop a timer, so what it holds of the call is let go of before."""
+
+    __slots__ = ("ready",)
+
+    def __init__(self, ready: _Ready) -> None:
+        self.ready: _Ready | None = ready
+
+    def step(self) -> None:
+        if self.ready is not None:
+            self.ready.resume(DeadlineExceeded(_LATE))
+
+
+class _Ready(Op):
+    """One direction of a call: awaited until a message can be received, or sent, by one coroutine at a time.
+
+    Raises DeadlineExceeded when the call's deadline comes first."""
+
+    __slots__ = ("_alarm", "_call", "_events", "_task")
 
     def __init__(self, call: Context, events: int) -> None:
         self._call = call
         self._events = events
         self._task: Task | None = None
+        self._alarm: _Alarm | None = None
 
     def begin(self, task: Task) -> bool:
         left = self._call.remaining
         if left is not None and left <= 0:
-            raise DeadlineExceeded("the caller's deadline has passed")
+            raise DeadlineExceeded(_LATE)
         self._task = task
-        if self._call.want(self._events, self._happened):
+        if self._call.want(self._events, self.resume):
             self._task = None
             return True
-        if left is not None:
-            task.core.timer(left, self)
+        if left is not None and self._alarm is None:
+            self._alarm = _Alarm(self)
+            task.core.timer(left, self._alarm)
         return False
 
-    def _happened(self) -> None:
+    def resume(self, error: BaseException | None = None) -> None:
         task, self._task = self._task, None
         if task is not None:
-            task.step()
+            task.step(None, error)
 
-    def step(self) -> None:  # the timer
-        task, self._task = self._task, None
-        if task is not None:
-            task.step(None, DeadlineExceeded("the caller's deadline has passed"))
+    def over(self) -> None:
+        if self._alarm is not None:
+            self._alarm.ready = None
 
 
 class Requests:
@@ -59,11 +78,12 @@ class Requests:
     Raises Canceled when the caller has gone, DeadlineExceeded when its deadline has passed, Internal for a message that does not
     parse."""
 
-    __slots__ = ("_call", "_parse")
+    __slots__ = ("_call", "_parse", "_ready")
 
     def __init__(self, call: Context, parse: Callable[[bytes], Any]) -> None:
         self._call = call
         self._parse = parse
+        self._ready = _Ready(call, READABLE)
 
     def _parsed(self, raw: bytes) -> Any:
         try:
@@ -85,10 +105,14 @@ class Requests:
 
     async def __anext__(self) -> Any:
         while (raw := self._call.receive(False)) is False:
-            await _Ready(self._call, READABLE)
+            await self._ready
         if raw is None:
             raise StopAsyncIteration
         return self._parsed(raw)
+
+    def over(self) -> None:
+        """The call has been handled."""
+        self._ready.over()
 
 
 def _bytes(message: Any) -> bytes:
@@ -118,12 +142,14 @@ async def _awaiting(handler: Callable[[Any, Context], Any], request: Any, call: 
     messages = handler(request, call)
     if not hasattr(messages, "__aiter__"):
         raise Unknown(f"handler returned {type(messages).__name__}, not an async iterator of messages")
+    ready = _Ready(call, WRITABLE)
     try:
         async for message in messages:
             raw = _bytes(message)
             while not call.send(raw, False):
-                await _Ready(call, WRITABLE)
+                await ready
     finally:
+        ready.over()
         if hasattr(messages, "aclose"):
             await messages.aclose()
 
@@ -132,11 +158,19 @@ def adapted(
     kind: int, handler: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], streams: int
 ) -> Callable[[Any, Context], Any]:
     """The handler as the server calls it, like one that does not stream; kind: POOL or COROUTINE."""
-    serve = _awaiting if kind == COROUTINE else _blocking
 
-    def call(request: Any, context: Context) -> Any:
+    def blocking(request: Any, context: Context) -> Any:
         if streams & CLIENT_STREAM:
             request = Requests(context, parse)
-        return serve(handler, request, context) if streams & SERVER_STREAM else handler(request, context)
+        return _blocking(handler, request, context) if streams & SERVER_STREAM else handler(request, context)
 
-    return call
+    async def awaiting(request: Any, context: Context) -> Any:
+        if not streams & CLIENT_STREAM:
+            return await _awaiting(handler, request, context)
+        requests = Requests(context, parse)
+        try:
+            return await (_awaiting(handler, requests, context) if streams & SERVER_STREAM else handler(requests, context))
+        finally:
+            requests.over()
+
+    return awaiting if kind == COROUTINE else blocking

@@ -48,7 +48,7 @@ METHODS = {
     "Shutdown": "shutdown",
 }
 
-_CO_COROUTINE = 0x80 | 0x200  # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR; the module inspect costs ten milliseconds
+_CO_COROUTINE = 0x80  # inspect.CO_COROUTINE; the module inspect costs ten milliseconds
 
 
 def inline(method: F) -> F:

@@ -99,9 +99,31 @@ void sc_conn_flush(sc_conn *c)
     pthread_mutex_unlock(&c->lock);
 }
 
-void sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *body, size_t body_len, bool batch)
+/* Under its lock. */
+static void unlist(sc_call *k)
+{
+    sc_conn *c = k->conn;
+    if (k->prev)
+        k->prev->next = k->next;
+    else if (c->calls == k)
+        c->calls = k->next;
+    if (k->next)
+        k->next->prev = k->prev;
+    k->next = k->prev = NULL;
+    sc_call **p = &c->streams[k->stream / 2 % (sizeof c->streams / sizeof *c->streams)];
+    while (*p && *p != k)
+        p = &(*p)->next_stream;
+    if (*p)
+        *p = k->next_stream;
+    if (k->streams)
+        sc_stream_over(k);
+}
+
+void sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *body, size_t body_len, bool batch, sc_call *last_of)
 {
     pthread_mutex_lock(&c->lock);
+    if (last_of)
+        unlist(last_of);
     if (c->dead) {
         pthread_mutex_unlock(&c->lock);
         return;
@@ -223,22 +245,8 @@ void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message
         sc_header_write(head, 0, k->stream, SC_DATA, SC_FLAG_REMOTE_CLOSED | SC_FLAG_NO_DATA);
     else
         head_len = sc_response_head(head, k->stream, code, message, code ? message_len : 0, n);
-    sc_conn_send(c, head, head_len, payload, n, batch);
+    sc_conn_send(c, head, head_len, payload, n, batch, k);
     pthread_mutex_lock(&c->lock);
-    if (k->prev)
-        k->prev->next = k->next;
-    else if (c->calls == k)
-        c->calls = k->next;
-    if (k->next)
-        k->next->prev = k->prev;
-    k->next = k->prev = NULL;
-    sc_call **p = &c->streams[k->stream / 2 % (sizeof c->streams / sizeof *c->streams)];
-    while (*p && *p != k)
-        p = &(*p)->next_stream;
-    if (*p)
-        *p = k->next_stream;
-    if (k->streams)
-        sc_stream_over(k);
     bool parked = k->parked;
     if (parked)
         c->parked--;

@@ -1,9 +1,8 @@
 /* A Request frame: where it belongs, and the answers that C gives itself (State, Wait, Connect). */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <stdio.h>
 #include <unistd.h>
-
-#include <errno.h>
 
 #include "server.h"
 
@@ -41,7 +40,7 @@ void sc_conn_answer(sc_conn *c, uint32_t stream, int32_t code, const char *text)
 {
     uint8_t head[SC_RESPONSE_HEAD + 256];
     size_t n = strlen(text);
-    sc_conn_send(c, head, sc_response_head(head, stream, code, text, n > 256 ? 256 : n, 0), NULL, 0, true);
+    sc_conn_send(c, head, sc_response_head(head, stream, code, text, n > 256 ? 256 : n, 0), NULL, 0, true, NULL);
 }
 
 static void answer_named(sc_call *k, int32_t code, const char *what, sc_slice name)

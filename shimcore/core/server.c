@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -320,7 +319,7 @@ void sc_server_poll(sc_server *s)
 int sc_server_wait(sc_server *s)
 {
     int work = sc_standin_return(s);
-    atomic_store(&s->reader, pthread_self());
+    atomic_store_explicit(&s->reader, pthread_self(), memory_order_relaxed); /* only compared with one's own */
     for (;;) {
         work |= sc_server_handle(s, false);
         if (atomic_load(&s->has_events))

@@ -2,8 +2,9 @@
  *
  * One thread calls sc_server_wait in a loop and is the only one that reads, accepts and drops connections, but for its stand-in
  * (standin.c), which does so while that thread is kept away in Python: what is said here to belong to the RPC thread belongs to
- * whoever holds `role`. Any thread may reply. A connection's lock covers its queue of bytes and its list of calls, never a system call but epoll_ctl: who sends
- * marks the connection, lets the lock go and sends; who finds it marked queues. The fd is closed by the last reference. */
+ * whoever holds `role`. Any thread may reply. A connection's lock covers its queue of bytes, its list of calls and their messages,
+ * never a system call but epoll_ctl and an eventfd's write: who sends marks the connection, lets the lock go and sends; who finds
+ * it marked queues. The server's event_lock may be taken under it. The fd is closed by the last reference. */
 #ifndef SC_SERVER_H
 #define SC_SERVER_H
 #include "exits.h"
@@ -152,7 +153,9 @@ sc_call *sc_conn_call(sc_conn *, uint32_t stream); /* under its lock */
 /* conn.c, for server.c */
 void sc_conn_unref(sc_conn *);
 void sc_server_unref(sc_server *);
-void sc_conn_send(sc_conn *, const void *head, size_t head_len, const void *body, size_t body_len, bool batch);
+/* last_of: the call whose last frame it is, or NULL. It leaves the connection's list in the same step in which its frame takes its
+ * place in the order of sending, so that what comes for it later is answered, and behind that frame. */
+void sc_conn_send(sc_conn *, const void *head, size_t head_len, const void *body, size_t body_len, bool batch, sc_call *last_of);
 void sc_conn_flush(sc_conn *);
 void sc_conn_arm(sc_conn *); /* under its lock */
 void sc_conn_mark_dirty(sc_conn *);

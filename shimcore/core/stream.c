@@ -8,7 +8,6 @@
  * thread finds it in the server's list of events. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <stdio.h>
 
 #include "server.h"
 
@@ -109,8 +108,6 @@ void sc_stream_broken(sc_conn *c)
 {
     for (sc_call *k = c->calls; k; k = k->next)
         sc_stream_tell(k, c->dead ? SC_READABLE | SC_WRITABLE | SC_CANCELLED : SC_READABLE);
-    if (c->waiting)
-        pthread_cond_broadcast(&c->changed);
 }
 
 void sc_stream_writable(sc_conn *c)
@@ -168,6 +165,16 @@ static bool wait_changed(sc_call *k)
     return r != ETIMEDOUT;
 }
 
+/* Under the lock: what `can` says, once it is no more -EAGAIN. */
+static int wait_until(sc_call *k, int (*can)(const sc_call *))
+{
+    int r;
+    bool late = false;
+    while ((r = can(k)) == -EAGAIN && !late)
+        late = !wait_changed(k);
+    return r == -EAGAIN ? -ETIMEDOUT : r;
+}
+
 /* Under the lock: what sc_call_recv would say now, without taking anything. */
 static int can_recv(const sc_call *k)
 {
@@ -182,16 +189,7 @@ int sc_call_recv(sc_call *k, bool wait, sc_message **out)
 {
     sc_conn *c = k->conn;
     pthread_mutex_lock(&c->lock);
-    int r = can_recv(k);
-    while (r == -EAGAIN && wait) {
-        if (!wait_changed(k)) {
-            r = can_recv(k);
-            if (r == -EAGAIN)
-                r = -ETIMEDOUT;
-            break;
-        }
-        r = can_recv(k);
-    }
+    int r = wait ? wait_until(k, can_recv) : can_recv(k);
     if (r == 1) {
         *out = k->messages;
         k->messages = k->messages->next;
@@ -219,19 +217,12 @@ int sc_call_send(sc_call *k, const void *p, size_t n, bool wait)
     if (n > c->srv->limits.max_message)
         return -EMSGSIZE;
     pthread_mutex_lock(&c->lock);
-    int r = can_send(k);
-    while (r == -EAGAIN && wait) {
-        if (!wait_changed(k)) {
-            r = -ETIMEDOUT;
-            break;
-        }
-        r = can_send(k);
-    }
+    int r = wait ? wait_until(k, can_send) : can_send(k);
     pthread_mutex_unlock(&c->lock);
     if (r)
         return r;
     sc_header_write(head, (uint32_t)n, k->stream, SC_DATA, 0);
-    sc_conn_send(c, head, sizeof head, p, n, false);
+    sc_conn_send(c, head, sizeof head, p, n, false, NULL);
     return 0;
 }
 
