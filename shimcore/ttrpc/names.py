@@ -1,0 +1,12 @@
+"""How what a .proto names is named in Python."""
+
+from __future__ import annotations
+
+import re
+
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def python_name(method: str) -> str:
+    """Name of the Python method for an rpc: `CloseIO` is `close_io`, `ResizePty` is `resize_pty`."""
+    return _WORDS.sub("_", method).lower()
