@@ -79,7 +79,7 @@ class Pool:
 
     def __init__(self, size: int = 2) -> None:
         self._size = size
-        self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = allocate_lock()
         self._pending = 0  # calls handed in and not ended
         self._started = 0
@@ -100,9 +100,19 @@ class Pool:
                     if not self._started:
                         raise
 
+    def close(self) -> None:
+        """Let the threads end once what was handed in is done."""
+        with self._lock:
+            for _ in range(self._started):
+                self._queue.put(None)
+
     def _work(self) -> None:
         while True:
             call = self._queue.get()
+            if call is None:
+                with self._lock:
+                    self._started -= 1
+                return
             try:
                 call()
             except BaseException as exc:

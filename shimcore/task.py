@@ -48,7 +48,7 @@ METHODS = {
     "Shutdown": "shutdown",
 }
 
-_CO_COROUTINE = 0x80  # inspect.CO_COROUTINE; the module inspect costs ten milliseconds
+_ASYNC = 0x80 | 0x200  # CO_COROUTINE and CO_ASYNC_GENERATOR of inspect, a module that costs ten milliseconds
 
 
 def inline(method: F) -> F:
@@ -61,7 +61,7 @@ def kind_of(handler: Callable[..., Any]) -> int:
     """COROUTINE for `async def`, INLINE for what is marked so, POOL for the rest."""
     function = getattr(handler, "__func__", handler)
     code = getattr(function, "__code__", None)
-    if code is not None and code.co_flags & _CO_COROUTINE:
+    if code is not None and code.co_flags & _ASYNC:
         return COROUTINE
     return INLINE if getattr(function, "shimcore_inline", False) else POOL
 

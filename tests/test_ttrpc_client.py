@@ -222,7 +222,7 @@ def test_64_callers_with_200_kb_both_ways_over_small_buffers(serve: Serve) -> No
 
 def test_stream_ids_run_out(serve: Serve) -> None:
     with Client(serve(Conn.echo).address) as client:
-        client._next_id = 0xFFFFFFFF
+        client._connection._next_id = 0xFFFFFFFF
         assert client.call("s", "m", b"last") == b"last"
         with pytest.raises(ResourceExhausted):
             client.call("s", "m")
@@ -251,7 +251,7 @@ def test_deadline_covers_queueing_behind_a_peer_that_does_not_read(serve: Serve)
 
     with Client(serve(handler).address) as client, ThreadPoolExecutor(1) as pool:
         big = pool.submit(lambda: client.call("s", "big", bytes(4_000_000), timeout=20))
-        while not client._queue:
+        while not client._connection._queue:
             time.sleep(0.001)
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded):

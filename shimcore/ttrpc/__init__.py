@@ -1,10 +1,27 @@
-"""ttrpc for programs that talk to a shim: a synchronous client, and the wire format in plain Python.
+"""ttrpc for any program: a client and a server, for every kind of method (docs/ttrpc.md).
 
-A shim's own server is not here: it is compiled (shimcore._ttrpc).
+    from shimcore import ttrpc
+
+shimcore.ttrpc.aio is the same for asyncio.
 """
 
 from __future__ import annotations
 
-from shimcore.ttrpc.client import NAMESPACE_KEY, Client
+from typing import TYPE_CHECKING
 
-__all__ = ["NAMESPACE_KEY", "Client"]
+from shimcore.ttrpc.calls import Call, Stream
+from shimcore.ttrpc.client import NAMESPACE_KEY, Client, Outgoing
+
+if TYPE_CHECKING:
+    from shimcore.ttrpc.server import Server
+
+__all__ = ["NAMESPACE_KEY", "Call", "Client", "Outgoing", "Server", "Stream"]
+
+
+def __getattr__(name: str) -> object:
+    # It needs protobuf's descriptors, 30 ms that a client of bytes does not.
+    if name != "Server":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from shimcore.ttrpc import server
+
+    return server.Server

@@ -1,57 +1,25 @@
-"""A synchronous, thread-safe ttrpc client: many calls at once over one unix-socket connection.
-
-Who owns what. Callers append their frame to one queue under `_lock` and send as much as the socket takes
-without blocking; the reader thread sends what is left, parses what comes in and wakes each caller through a
-lock of its own. So no caller ever waits for another caller's write: its deadline covers queueing, writing and
-the answer alike. A frame that has begun to go out is always finished, or every call behind it would be
-garbage to the peer.
-
-The connection ends in one place only, the reader thread: it runs the on-close callbacks, then fails every
-call in flight, so a callback has run before any failed call returns.
-"""
+"""A synchronous, thread-safe ttrpc client: many calls at once over one unix-socket connection."""
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import select
-import socket
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, Self, TypeVar, overload
+from functools import partial
+from typing import Any, Protocol, Self, TypeVar, overload
 
-from shimcore.errors import Closed, DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, from_code
-from shimcore.ttrpc.codec import (
-    FLAG_REMOTE_CLOSED,
-    MESSAGE_MAX,
-    TYPE_REQUEST,
-    TYPE_RESPONSE,
-    DecodeError,
-    Frame,
-    FrameParser,
-    decode_response,
-    encode_frame,
-    encode_request,
-)
+from shimcore.errors import Closed, InvalidArgument
+from shimcore.ttrpc.calls import Call, MessageLike, Stream, serialized
+from shimcore.ttrpc.codec import FLAG_NO_DATA, FLAG_REMOTE_CLOSED, FLAG_REMOTE_OPEN, MESSAGE_MAX, encode_request
+from shimcore.ttrpc.connection import Connection
 
 #: Metadata key that names the containerd namespace of a call.
 NAMESPACE_KEY = "containerd-namespace-ttrpc"
 
 MetadataLike = Mapping[str, str] | Iterable[tuple[str, str]]
 
-_RECV_SIZE = 256 * 1024
-_STREAM_ID_MAX = 0xFFFFFFFF
 _INT64_MAX = (1 << 63) - 1
-
-
-class MessageLike(Protocol):
-    """A protobuf message, as far as a request needs it."""
-
-    def SerializeToString(self) -> bytes: ...
 
 
 class _Parsed(Protocol):
@@ -61,29 +29,50 @@ class _Parsed(Protocol):
 R = TypeVar("R", bound=_Parsed)
 
 
-class _Call:
-    """One call in flight. `done` is held locked until the outcome is set; the caller alone takes it."""
+class Outgoing:
+    """A call about to be made, as an interceptor sees it; it may change each field.
 
-    __slots__ = ("done", "error", "frame", "method", "stream_id")
+    metadata: all the pairs that will be sent, the client's own included. timeout: seconds, None for none. request: None where the
+    client streams and sends nothing yet.
+    """
 
-    def __init__(self, method: str) -> None:
+    __slots__ = ("metadata", "method", "request", "response_class", "service", "timeout")
+
+    def __init__(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike | None,
+        response_class: Any,
+        timeout: float | None,
+        metadata: list[tuple[str, str]],
+    ) -> None:
+        self.service = service
         self.method = method
-        self.stream_id = 0
-        self.frame: Frame | None = None
-        self.error: Closed | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
+        self.request = request
+        self.response_class = response_class
+        self.timeout = timeout
+        self.metadata = metadata
+
+
+Proceed = Callable[[Outgoing], Any]
+Interceptor = Callable[[Outgoing, Proceed], Any]
 
 
 class Client:
-    """One connection to a ttrpc server. Any number of threads may call at once; a context manager that closes
-    it.
+    """One connection to a ttrpc server. Any number of threads may call at once; a context manager that closes it.
 
     address: `unix:///path`, a plain path, or `@name` (or NUL and the name) for an abstract socket.
     namespace: containerd namespace that every call carries as metadata; none when empty.
     metadata: further pairs that every call carries.
     connect_timeout: seconds for the connection to be made.
     message_max: longest answer accepted, in bytes, the envelope included.
+    interceptors: each is called as interceptor(outgoing, proceed), the first one outermost, and returns what proceed(outgoing)
+    returns: the answer of call(), the Call of start(), the Stream of stream().
+    reconnect: make a new connection for the first call after the end of one. What was under way when it ended has failed with
+    Closed all the same: nobody knows whether the server has done it.
+    max_unread: bytes of streams' messages that may wait to be received; past it the peer is held up, for every call.
+    max_unsent: bytes that may be queued before a stream's send() waits.
 
     Raises Closed when there is nobody at the address; ENOENT and ECONNREFUSED fail at once.
     """
@@ -96,26 +85,21 @@ class Client:
         metadata: MetadataLike = (),
         connect_timeout: float = 10.0,
         message_max: int = MESSAGE_MAX,
+        interceptors: Iterable[Interceptor] = (),
+        reconnect: bool = False,
+        max_unread: int = 8 << 20,
+        max_unsent: int = 8 << 20,
     ) -> None:
         self.address = address
         self._metadata = _pairs(metadata)
         if namespace:
-            self._metadata += ((NAMESPACE_KEY, namespace),)
-        self._socket = _connect(address, connect_timeout)
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._parser = FrameParser(message_max)
-        # _lock guards everything below, and every send: an fd that is closed under it can't be written to.
-        self._lock = threading.Lock()
-        self._calls: dict[int, _Call] = {}
-        self._queue: deque[tuple[int, memoryview]] = deque()
-        self._next_id = 1
-        self._broken = 0  # errno of a failed send; the reader ends the connection for it
-        self._closing = False
-        self._closed: Closed | None = None
+            self._metadata.append((NAMESPACE_KEY, namespace))
+        self._interceptors = tuple(interceptors)
+        self._connect = partial(Connection, address, connect_timeout, message_max, max_unread, max_unsent)
+        self._connection = self._connect()
+        self._reconnect = reconnect
+        self._connecting = threading.Lock()
         self._callbacks: list[Callable[[Closed], None]] = []
-        self._finished = threading.Event()
-        self._reader = threading.Thread(target=self._read, name=f"ttrpc {address}", daemon=True)
-        self._reader.start()
 
     def __enter__(self) -> Self:
         return self
@@ -126,29 +110,20 @@ class Client:
     @property
     def closed(self) -> bool:
         """Whether the connection has ended."""
-        return self._closed is not None
+        return self._connection.closed is not None
 
     def peer_credentials(self) -> tuple[int, int, int]:
-        """(pid, uid, gid) of the process that listened, as it was then (SO_PEERCRED, unix(7)). Raises
-        Closed.
-        """
-        with self._lock:
-            if self._closed is not None:
-                raise _again(self._closed)
-            raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, uid, gid = (int.from_bytes(raw[i : i + 4], sys.byteorder) for i in (0, 4, 8))
-        return pid, uid, gid
+        """(pid, uid, gid) of the process that listened, as it was then (SO_PEERCRED, unix(7)). Raises Closed."""
+        return self._connection.peer_credentials()
 
     def on_close(self, callback: Callable[[Closed], None]) -> None:
-        """Has `callback` called once, on the reader thread, when the connection ends; at once and here if it
-        has.
+        """Has `callback` called once, on the reader thread, when the connection ends; at once and here if it has. With
+        `reconnect` it is called for the end of every connection.
         """
-        with self._lock:
-            if self._closed is None:
-                self._callbacks.append(callback)
-                return
-            error = self._closed
-        callback(error)
+        with self._connecting:
+            self._callbacks.append(callback)
+            connection = self._connection
+        connection.on_close(callback)
 
     @overload
     def call(
@@ -193,229 +168,187 @@ class Client:
         the connection ended; ResourceExhausted when either message is too long; Internal for an answer that
         does not parse.
         """
+        outgoing = self._outgoing(service, method, request, response_class, timeout, metadata)
+        answer: R | bytes = self._intercepted(lambda outgoing: self._start(outgoing).result(), outgoing)
+        return answer
+
+    @overload
+    def start(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike,
+        response_class: type[R],
+        timeout: float | None = None,
+        metadata: MetadataLike = (),
+    ) -> Call[R]: ...
+
+    @overload
+    def start(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike = b"",
+        response_class: None = None,
+        timeout: float | None = None,
+        metadata: MetadataLike = (),
+    ) -> Call[bytes]: ...
+
+    def start(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike = b"",
+        response_class: Any = None,
+        timeout: float | None = None,
+        metadata: MetadataLike = (),
+    ) -> Call[Any]:
+        """As call(), but does not wait: the Call that it returns has the answer, and can be cancelled. One that is neither
+        answered nor cancelled, nor asked for its result, is kept for as long as the connection lives.
+        """
+        outgoing = self._outgoing(service, method, request, response_class, timeout, metadata)
+        call: Call[Any] = self._intercepted(self._start, outgoing)
+        return call
+
+    @overload
+    def stream(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike | None,
+        response_class: type[R],
+        *,
+        client_streams: bool,
+        server_streams: bool,
+        timeout: float | None = None,
+        metadata: MetadataLike = (),
+    ) -> Stream[R]: ...
+
+    @overload
+    def stream(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike | None = None,
+        response_class: None = None,
+        *,
+        client_streams: bool,
+        server_streams: bool,
+        timeout: float | None = None,
+        metadata: MetadataLike = (),
+    ) -> Stream[bytes]: ...
+
+    def stream(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike | None = None,
+        response_class: Any = None,
+        *,
+        client_streams: bool,
+        server_streams: bool,
+        timeout: float | None = None,
+        metadata: MetadataLike = (),
+    ) -> Stream[Any]:
+        """Calls a method that streams.
+
+        client_streams, server_streams: which side sends many messages, as the method's descriptor says. request: the one
+        request of a method whose client does not stream; the first message, or None, of one whose client does. timeout: seconds
+        for the whole stream. The rest is as for call().
+
+        Raises Closed; ResourceExhausted when the request is too long.
+        """
+
+        def open(outgoing: Outgoing) -> Stream[Any]:
+            def make(connection: Connection, name: str, response_class: Any, deadline: float | None) -> Stream[Any]:
+                kinds = {"client_streams": client_streams, "server_streams": server_streams}
+                return Stream(connection, name, response_class, deadline, **kinds)
+
+            if not client_streams:
+                flags = FLAG_REMOTE_CLOSED
+            else:
+                flags = FLAG_REMOTE_OPEN | (FLAG_NO_DATA if outgoing.request is None else 0)
+            return self._open(outgoing, flags, make)
+
+        outgoing = self._outgoing(service, method, request, response_class, timeout, metadata)
+        stream: Stream[Any] = self._intercepted(open, outgoing)
+        return stream
+
+    def close(self) -> None:
+        """Ends the connection and waits until callbacks have run; calls in flight fail with Closed. Idempotent."""
+        with self._connecting:
+            self._reconnect = False
+        self._connection.close()
+
+    # ---- how a call is made ----
+
+    def _outgoing(
+        self,
+        service: str,
+        method: str,
+        request: bytes | MessageLike | None,
+        response_class: Any,
+        timeout: float | None,
+        metadata: MetadataLike,
+    ) -> Outgoing:
+        return Outgoing(service, method, request, response_class, timeout, self._metadata + _pairs(metadata))
+
+    def _intercepted(self, proceed: Proceed, outgoing: Outgoing) -> Any:
+        for interceptor in reversed(self._interceptors):
+            proceed = _around(interceptor, proceed)
+        return proceed(outgoing)
+
+    def _start(self, outgoing: Outgoing) -> Call[Any]:
+        return self._open(outgoing, FLAG_REMOTE_CLOSED, Call)
+
+    def _open(self, outgoing: Outgoing, flags: int, make: Callable[[Connection, str, Any, float | None], _E]) -> _E:
+        timeout = outgoing.timeout
         if timeout is not None and timeout == math.inf:
             timeout = None
         deadline = None if timeout is None else time.monotonic() + timeout
-        name = f"{service}/{method}"
-        payload = request if isinstance(request, bytes) else request.SerializeToString()
-        nanos = 0
-        if timeout is not None:
-            # 0 means no deadline on the wire, and a caller's 0 does not.
-            nanos = min(int(timeout * 1e9), _INT64_MAX) or -1
+        name = f"{outgoing.service}/{outgoing.method}"
+        payload = b"" if outgoing.request is None else serialized(outgoing.request)
+        # 0 means no deadline on the wire, and a caller's 0 does not.
+        nanos = 0 if timeout is None else min(int(timeout * 1e9), _INT64_MAX) or -1
         try:
-            data = encode_request(service, method, payload, nanos, self._metadata + _pairs(metadata))
+            data = encode_request(outgoing.service, outgoing.method, payload, nanos, outgoing.metadata)
         except UnicodeEncodeError as error:
             raise InvalidArgument(f"{name}: {error}") from None
-        call = _Call(name)
-        self._submit(call, data)
-        self._wait(call, deadline)
-        answer = self._outcome(call)
-        if response_class is None:
-            return answer
-        message = response_class()
+        connection = self._live()
+        under_way = make(connection, name, outgoing.response_class, deadline)
         try:
-            message.ParseFromString(answer)
-        except Exception as error:  # protobuf's DecodeError, not imported for a client of bytes
-            raise Internal(f"{name}: answer does not parse: {error}") from None
-        return message
+            connection.open(under_way, flags, data)
+        except Closed:
+            if not self._reconnect:
+                raise
+            # It has ended since we looked, and nothing was sent.
+            connection = self._live()
+            under_way = make(connection, name, outgoing.response_class, deadline)
+            connection.open(under_way, flags, data)
+        return under_way
 
-    def close(self) -> None:
-        """Ends the connection and waits until callbacks have run; calls in flight fail with Closed.
-        Idempotent.
-        """
-        with self._lock:
-            self._closing = True
-            self._kick()
-        self._settle()
-
-    # ---- a caller's side -----------------------------------------------------------------------------------
-
-    def _submit(self, call: _Call, data: bytes) -> None:
-        with self._lock:
-            closed = self._closed
-            if closed is None:
-                if self._next_id > _STREAM_ID_MAX:
-                    raise ResourceExhausted("no stream id is left on this connection")
-                # The id is taken under the lock that orders the queue: ids must rise on the wire.
-                try:
-                    frame = encode_frame(self._next_id, TYPE_REQUEST, FLAG_REMOTE_CLOSED, data)
-                except ValueError as error:
-                    raise ResourceExhausted(f"{call.method}: {error}") from None
-                call.stream_id = self._next_id
-                self._next_id += 2
-                self._calls[call.stream_id] = call
-                self._queue.append((call.stream_id, memoryview(frame)))
-                if len(self._queue) == 1:
-                    self._flush()
-                    if self._queue:
-                        self._kick()
-        if closed is not None:
-            self._settle()
-            raise _again(closed, call.method)
-
-    def _wait(self, call: _Call, deadline: float | None) -> None:
-        if deadline is None:
-            call.done.acquire()
-            return
-        left = deadline - time.monotonic()
-        if left > 0 and call.done.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
-            return
-        with self._lock:
-            # One that had no time to begin with has failed, however quick the peer was.
-            if left > 0 and call.done.acquire(blocking=False):
-                return
-            self._calls.pop(call.stream_id, None)
-            # The head may have gone out in part; only what lies behind it can be taken back.
-            for index in range(1, len(self._queue)):
-                if self._queue[index][0] == call.stream_id:
-                    del self._queue[index]
-                    break
-        raise DeadlineExceeded(f"{call.method}: no answer from {self.address} in time")
-
-    def _outcome(self, call: _Call) -> bytes:
-        if call.error is not None:
-            raise call.error
-        frame = call.frame
-        assert frame is not None
-        if frame.oversize:
-            raise ResourceExhausted(f"{call.method}: answer of {frame.oversize} bytes is too long")
-        if frame.type != TYPE_RESPONSE:
-            raise Internal(f"{call.method}: a frame of type {frame.type} came where a response was due")
-        try:
-            response = decode_response(frame.data)
-        except DecodeError as error:
-            raise Internal(f"{call.method}: answer does not parse: {error}") from None
-        if response.code:
-            raise from_code(response.code, response.message)
-        return response.payload
-
-    def _settle(self) -> None:
-        # A callback that calls or closes runs on the reader itself, which would wait for itself.
-        if threading.current_thread() is not self._reader:
-            self._finished.wait()
-
-    # ---- both sides, under _lock ---------------------------------------------------------------------------
-
-    def _kick(self) -> None:
-        if self._closed is None:
-            os.eventfd_write(self._wake, 1)
-
-    def _flush(self) -> None:
-        """Sends what the socket takes. A failure is left for the reader, which first reads what the peer
-        still said.
-        """
-        while self._queue and not self._broken:
-            stream_id, data = self._queue[0]
-            try:
-                sent = self._socket.send(data, socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._broken = error.errno or errno.EIO
-                self._queue.clear()
-                self._kick()
-                return
-            if sent < len(data):
-                self._queue[0] = (stream_id, data[sent:])
-            else:
-                self._queue.popleft()
-
-    # ---- the reader thread ---------------------------------------------------------------------------------
-
-    def _read(self) -> None:
-        number = 0
-        try:
-            number = self._loop()
-        except OSError as error:
-            number = error.errno or errno.EIO
-        finally:
-            self._end(number)
-
-    def _loop(self) -> int:
-        """Runs until the connection ends; errno of why, 0 for an orderly end."""
-        poll = select.poll()
-        fd = self._socket.fileno()
-        poll.register(self._wake, select.POLLIN)
-        poll.register(fd, select.POLLIN)
-        buffer = memoryview(bytearray(_RECV_SIZE))
-        while True:
-            events = dict(poll.poll())
-            if self._wake in events:
-                os.eventfd_read(self._wake)
-            with self._lock:
-                if self._closing:
-                    return 0
-                self._flush()
-                broken = self._broken
-                poll.modify(fd, select.POLLIN | (select.POLLOUT if self._queue else 0))
-            while fd in events or broken:
-                try:
-                    count = self._socket.recv_into(buffer)
-                except BlockingIOError:
-                    if broken:
-                        return broken
-                    break
-                if not count:
-                    return broken
-                self._deliver(buffer[:count])
-                if count < len(buffer) and not broken:
-                    break
-
-    def _deliver(self, data: memoryview) -> None:
-        for frame in self._parser.feed(data):
-            with self._lock:
-                # Nobody waits for a late answer, a second one, or one that was never asked for.
-                call = self._calls.pop(frame.stream_id, None)
-                if call is not None:
-                    call.frame = frame
-                    call.done.release()
-
-    def _end(self, number: int) -> None:
-        reason = os.strerror(number) if number else ("closed here" if self._closing else "closed by the peer")
-        with self._lock:
-            closed = Closed(f"connection to {self.address}: {reason}", peer=self.address, errno=number)
-            self._closed = closed
-            self._socket.close()
-            os.close(self._wake)
-            self._queue.clear()
-            calls, self._calls = self._calls, {}
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            try:
-                callback(closed)
-            except Exception:
-                # One bad callback must not keep the other callbacks and the callers waiting.
-                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), self._reader)))
-        with self._lock:
-            for call in calls.values():
-                call.error = _again(closed, call.method, call.stream_id)
-                call.done.release()
-        self._finished.set()
+    def _live(self) -> Connection:
+        """The connection, made anew if it has ended and may be."""
+        connection = self._connection
+        if connection.closed is None or not self._reconnect:
+            return connection
+        connection.settle()
+        with self._connecting:
+            if self._connection.closed is not None and self._reconnect:
+                connection = self._connect()
+                for callback in self._callbacks:
+                    connection.on_close(callback)
+                self._connection = connection
+            return self._connection
 
 
-def _pairs(metadata: MetadataLike) -> tuple[tuple[str, str], ...]:
+_E = TypeVar("_E", Call[Any], Stream[Any])
+
+
+def _around(interceptor: Interceptor, proceed: Proceed) -> Proceed:
+    return lambda outgoing: interceptor(outgoing, proceed)
+
+
+def _pairs(metadata: MetadataLike) -> list[tuple[str, str]]:
     items = metadata.items() if isinstance(metadata, Mapping) else metadata
-    return tuple((key.lower(), value) for key, value in items)
-
-
-def _again(closed: Closed, method: str = "", stream_id: int = 0) -> Closed:
-    """A fresh copy: one exception object raised in many threads would mix their tracebacks."""
-    text = f"{method}: {closed}" if method else str(closed)
-    return Closed(text, peer=closed.peer, errno=closed.errno, method=method, stream_id=stream_id)
-
-
-def _connect(address: str, timeout: float) -> socket.socket:
-    name = address.removeprefix("unix://")
-    if name.startswith("@"):
-        name = "\0" + name[1:]
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(name)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        # A path that is too long has no errno.
-        number = errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno or errno.EINVAL
-        raise Closed(f"connect to {address}: {error.strerror or error}", peer=address, errno=number) from None
-    return sock
+    return [(key.lower(), value) for key, value in items]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+# A capital begins a word after a small letter, and before one unless that is the s of a plural (`ListIDs`).
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z](?!s(?![a-z]))[a-z])")
 
 
 def python_name(method: str) -> str:
