@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -386,6 +387,11 @@ def test_interceptors_of_both_sides_see_every_kind(start: Start, address: str) -
     assert seen == ["GetItem GetItem", "GetItem GetItem", "ListIDs ListIDs"]
 
 
+def open_fds() -> int:
+    gc.collect()  # of earlier tests
+    return len(os.listdir("/proc/self/fd"))
+
+
 # ---- ends --------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +444,7 @@ def test_shutdown_answers_what_is_in_flight(start: Start, address: str) -> None:
 def test_serve_returns_after_shutdown_and_no_thread_is_left(address: str) -> None:
     before = set(threading.enumerate())
     tasks = len(os.listdir("/proc/self/task"))
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     with ttrpc.Server() as server:
         server.register(SERVICE, Store())
         server.listen(address)
@@ -457,11 +463,11 @@ def test_serve_returns_after_shutdown_and_no_thread_is_left(address: str) -> Non
     deadline = time.monotonic() + HANG
     while len(os.listdir("/proc/self/task")) > tasks:  # a pool's thread is none of threading's
         assert time.monotonic() < deadline
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert open_fds() == fds
 
 
 def test_shutdown_right_after_start(session_root: Path) -> None:
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     for number in range(200):
         path = f"{session_root}/r{number}.sock"
         with ttrpc.Server() as server:
@@ -471,11 +477,11 @@ def test_shutdown_right_after_start(session_root: Path) -> None:
             server.shutdown(HANG if number % 2 else 0)
         assert not os.path.exists(path)
     del server
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert open_fds() == fds
 
 
 def test_connects_that_race_a_shutdown(address: str) -> None:
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     path = address.removeprefix("unix://")
     server = ttrpc.Server()
     server.register(SERVICE, Store())
@@ -500,4 +506,4 @@ def test_connects_that_race_a_shutdown(address: str) -> None:
         for one in done:
             one.result(HANG)
     del server
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert open_fds() == fds
