@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from shimcore.ttrpc.gen import typed
+
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = Path("shimcore/protos")
 COMPILER = "1.71"
@@ -31,11 +33,6 @@ def task_v3(v2: str) -> str:
     if count != 1:
         raise SystemExit("task.proto: no line `package containerd.task.v2;`")
     return V3_HEAD + body
-
-
-def typed(stub: str) -> str:
-    """protoc leaves Mapping without parameters, which mypy --strict refuses."""
-    return re.sub(r"(?<!as )\b_Mapping(?=[\],])", "_Mapping[str, object]", stub)
 
 
 def generate(root: Path, out: Path) -> None:

@@ -14,14 +14,19 @@ from shimcore.ttrpc.client import NAMESPACE_KEY, Client, Outgoing
 
 if TYPE_CHECKING:
     from shimcore.ttrpc.server import Server
+    from shimcore.ttrpc.stubs import stub
 
-__all__ = ["NAMESPACE_KEY", "Call", "Client", "Outgoing", "Server", "Stream"]
+__all__ = ["NAMESPACE_KEY", "Call", "Client", "Outgoing", "Server", "Stream", "stub"]
 
 
 def __getattr__(name: str) -> object:
-    # It needs protobuf's descriptors, 30 ms that a client of bytes does not.
-    if name != "Server":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from shimcore.ttrpc import server
+    # They need protobuf's descriptors, 30 ms that a client of bytes does not.
+    if name == "Server":
+        from shimcore.ttrpc import server
 
-    return server.Server
+        return server.Server
+    if name == "stub":
+        from shimcore.ttrpc import stubs
+
+        return stubs.stub
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
