@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -89,3 +90,14 @@ def as_kind(kind: int, handler: Handler) -> Handler:
 
 def call(client: Client, name: str, value: bytes = b"", **options: Any) -> bytes:
     return client.call(SERVICE, name, BytesValue(value=value), BytesValue, **{"timeout": HANG, **options}).value
+
+
+def open_fds() -> int:
+    """Of this process, once what earlier tests left to be collected is."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident() -> int:
+    """Bytes of memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -46,8 +46,10 @@ void sc_conn_answer(sc_conn *c, uint32_t stream, int32_t code, const char *text)
 static void answer_named(sc_call *k, int32_t code, const char *what, sc_slice name)
 {
     char text[300];
-    int n = snprintf(text, sizeof text, "%s %.*s", what, (int)(name.n > 256 ? 256 : name.n), (const char *)name.p);
-    sc_call_reply(k, code, text, (size_t)n, NULL, 0, true);
+    size_t n = (size_t)snprintf(text, sizeof text, "%s ", what), more = name.n > 256 ? 256 : name.n;
+    if (more)
+        memcpy(text + n, name.p, more); /* there may be a NUL in it */
+    sc_call_reply(k, code, text, n + more, NULL, 0, true);
 }
 
 static bool read_ids(sc_slice payload, char *id, char *exec_id, size_t size)
