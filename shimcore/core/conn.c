@@ -119,14 +119,16 @@ static void unlist(sc_call *k)
         sc_stream_over(k);
 }
 
-void sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *body, size_t body_len, bool batch, sc_call *last_of)
+bool sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *body, size_t body_len, bool batch, sc_call *of,
+                  bool last)
 {
     pthread_mutex_lock(&c->lock);
-    if (last_of)
-        unlist(last_of);
-    if (c->dead) {
+    bool late = of && !last && atomic_load(&of->done);
+    if (last)
+        unlist(of);
+    if (c->dead || late) {
         pthread_mutex_unlock(&c->lock);
-        return;
+        return false;
     }
     bool alone = !c->sending && !c->out.len;
     if (!alone || (batch && body_len < 16384)) {
@@ -135,7 +137,7 @@ void sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *bod
         if (batch) {
             pthread_mutex_unlock(&c->lock);
             sc_conn_mark_dirty(c);
-            return;
+            return true;
         }
         if (!c->sending) {
             c->sending = true;
@@ -169,6 +171,7 @@ void sc_conn_send(sc_conn *c, const void *head, size_t head_len, const void *bod
     }
     sent(c);
     pthread_mutex_unlock(&c->lock);
+    return true;
 }
 
 /* ---- calls ---- */
@@ -245,7 +248,7 @@ void sc_call_reply(sc_call *k, int32_t code, const char *message, size_t message
         sc_header_write(head, 0, k->stream, SC_DATA, SC_FLAG_REMOTE_CLOSED | SC_FLAG_NO_DATA);
     else
         head_len = sc_response_head(head, k->stream, code, message, code ? message_len : 0, n);
-    sc_conn_send(c, head, head_len, payload, n, batch, k);
+    sc_conn_send(c, head, head_len, payload, n, batch, k, true);
     pthread_mutex_lock(&c->lock);
     bool parked = k->parked;
     if (parked)

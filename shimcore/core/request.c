@@ -40,7 +40,7 @@ void sc_conn_answer(sc_conn *c, uint32_t stream, int32_t code, const char *text)
 {
     uint8_t head[SC_RESPONSE_HEAD + 256];
     size_t n = strlen(text);
-    sc_conn_send(c, head, sc_response_head(head, stream, code, text, n > 256 ? 256 : n, 0), NULL, 0, true, NULL);
+    sc_conn_send(c, head, sc_response_head(head, stream, code, text, n > 256 ? 256 : n, 0), NULL, 0, true, NULL, false);
 }
 
 static void answer_named(sc_call *k, int32_t code, const char *what, sc_slice name)

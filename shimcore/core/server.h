@@ -153,9 +153,11 @@ sc_call *sc_conn_call(sc_conn *, uint32_t stream); /* under its lock */
 /* conn.c, for server.c */
 void sc_conn_unref(sc_conn *);
 void sc_server_unref(sc_server *);
-/* last_of: the call whose last frame it is, or NULL. It leaves the connection's list in the same step in which its frame takes its
- * place in the order of sending, so that what comes for it later is answered, and behind that frame. */
-void sc_conn_send(sc_conn *, const void *head, size_t head_len, const void *body, size_t body_len, bool batch, sc_call *last_of);
+/* of: the call that it belongs to, or NULL. With its last frame it leaves the connection's list in the same step in which that
+ * takes its place in the order of sending, so that what comes for it later is answered, and behind that frame. Another frame of a
+ * call that has its answer is not sent: false. */
+bool sc_conn_send(sc_conn *, const void *head, size_t head_len, const void *body, size_t body_len, bool batch, sc_call *of,
+                  bool last);
 void sc_conn_flush(sc_conn *);
 void sc_conn_arm(sc_conn *); /* under its lock */
 void sc_conn_mark_dirty(sc_conn *);

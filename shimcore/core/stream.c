@@ -222,8 +222,7 @@ int sc_call_send(sc_call *k, const void *p, size_t n, bool wait)
     if (r)
         return r;
     sc_header_write(head, (uint32_t)n, k->stream, SC_DATA, 0);
-    sc_conn_send(c, head, sizeof head, p, n, false, NULL);
-    return 0;
+    return sc_conn_send(c, head, sizeof head, p, n, false, k, false) ? 0 : -ECANCELED;
 }
 
 int sc_call_want(sc_call *k, int events)

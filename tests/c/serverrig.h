@@ -6,12 +6,12 @@
 #include "rig.h"
 #include "server.h"
 
-enum { M_ECHO = 0, M_PARK, M_LARGE, M_FAIL, M_HOLD };
+enum { M_ECHO = 0, M_PARK, M_LARGE, M_FAIL, M_HOLD, M_UP, M_DOWN, M_BOTH };
 
 static sc_server *srv;
 static char srv_path[108];
 static pthread_t srv_thread;
-/* Calls of "Park": the test answers them. */
+/* Calls of "Park", and of the methods that stream: the test answers them. */
 static sc_call *parked[64];
 static size_t nparked;
 static pthread_mutex_t park_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -44,7 +44,7 @@ static inline void srv_handle(sc_call *k)
         pthread_cond_broadcast(&park_cond);
         pthread_mutex_unlock(&park_lock);
         break;
-    case M_PARK:
+    default:
         pthread_mutex_lock(&park_lock);
         CHECK(nparked < 64);
         sc_call_ref(k);
@@ -56,6 +56,39 @@ static inline void srv_handle(sc_call *k)
     sc_call_unref(k);
 }
 
+/* Events of streams, as they were told; under park_lock. */
+static struct told {
+    sc_call *k;
+    int events;
+} told[64];
+static size_t ntold;
+
+static inline void srv_events(void)
+{
+    struct told t;
+    pthread_mutex_lock(&park_lock);
+    while ((t.k = sc_server_events(srv, &t.events))) {
+        CHECK(ntold < 64);
+        told[ntold++] = t;
+        pthread_cond_broadcast(&park_cond);
+    }
+    pthread_mutex_unlock(&park_lock);
+}
+
+/* The next one; the call's reference stays the test's own. */
+static inline int srv_told(const sc_call *k)
+{
+    pthread_mutex_lock(&park_lock);
+    while (!ntold)
+        pthread_cond_wait(&park_cond, &park_lock);
+    struct told t = told[0];
+    memmove(told, told + 1, --ntold * sizeof *told);
+    pthread_mutex_unlock(&park_lock);
+    CHECK(t.k == k);
+    sc_call_unref(t.k);
+    return t.events;
+}
+
 static inline void *srv_loop(void *arg)
 {
     CHECK_EQ(sc_standin_start(srv), 0);
@@ -64,6 +97,8 @@ static inline void *srv_loop(void *arg)
         sc_call *k;
         while ((k = sc_server_next(srv)))
             srv_handle(k);
+        if (work & SC_WORK_EVENTS)
+            srv_events();
         if (work & SC_WORK_NOTES)
             rig_take(0);
         if (work & SC_WORK_STOPPED)
@@ -87,9 +122,9 @@ static inline void srv_start(const sc_limits *limits)
     CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&a, sizeof a) == 0 && listen(fd, 256) == 0);
     CHECK_EQ(chmod(srv_path, 0777), 0);
     CHECK_EQ(sc_server_listen(srv, fd), 0);
-    static const char *names[] = {"Echo", "Park", "Large", "Fail", "Hold"};
-    for (int i = 0; i < 5; i++)
-        CHECK_EQ(sc_server_method(srv, "t.Test", names[i], 0, i), 0);
+    static const char *names[] = {"Echo", "Park", "Large", "Fail", "Hold", "Up", "Down", "Both"};
+    for (int i = 0; i <= M_BOTH; i++)
+        CHECK_EQ(sc_server_method(srv, "t.Test", names[i], i < M_UP ? 0 : (i - M_UP + 1) * SC_STREAM_CLIENT, i), 0);
     CHECK_EQ(sc_server_method(srv, "t.Task", "State", SC_NATIVE_STATE, -1), 0);
     CHECK_EQ(sc_server_method(srv, "t.Task", "Wait", SC_NATIVE_WAIT, -1), 0);
     CHECK_EQ(sc_server_method(srv, "t.Task", "Connect", SC_NATIVE_CONNECT, -1), 0);
@@ -107,6 +142,12 @@ static inline void srv_stop(void)
     sc_server_free(srv);
     srv = NULL;
     unlink(srv_path);
+}
+
+static inline void with_limits(const sc_limits *l)
+{
+    srv_stop();
+    srv_start(l);
 }
 
 /* The RPC thread is away until srv_go. */

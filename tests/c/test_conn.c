@@ -192,12 +192,6 @@ static void waits_and_ends_at_once(void)
 
 /* ---- bounds ---- */
 
-static void with_limits(const sc_limits *l)
-{
-    srv_stop();
-    srv_start(l);
-}
-
 static void inflight_is_bounded(void)
 {
     sc_limits l = srv_defaults;

@@ -1,8 +1,8 @@
 /* libFuzzer: a connection that says anything, in pieces of any size, and ends in any way. The server must answer what can be
  * answered, keep no connection, and go on serving another one. `make fuzz` runs it.
  *
- * Input: byte 0 how it ends (bit 0: half-closes and reads; bit 1: parked calls are answered first), byte 1 the size of the
- * pieces, then what is sent. */
+ * Input: byte 0 how it ends (bit 0: half-closes and reads; bit 1: parked calls are answered first; bit 2: handlers of streams
+ * take and send messages in every turn), byte 1 the size of the pieces, then what is sent. */
 #define _GNU_SOURCE
 #include "server.h"
 
@@ -22,6 +22,7 @@ static sc_slot *slot;
 static char path[108];
 static sc_call *parked[4096];
 static size_t nparked;
+static bool busy;
 
 static int dial(void)
 {
@@ -32,21 +33,38 @@ static int dial(void)
     return fd;
 }
 
+static void handle_stream(sc_call *k)
+{
+    sc_message *m;
+    while (sc_call_recv(k, false, &m) == 1) {
+        sc_call_send(k, m->p, m->n, false);
+        free(m);
+    }
+    sc_call_want(k, SC_READABLE | SC_WRITABLE | SC_CANCELLED);
+}
+
 /* One turn of the RPC thread; woken beforehand, so that it does not block. */
 static void turn(void)
 {
     sc_server_wake(srv);
-    int work = sc_server_wait(srv);
+    int work = sc_server_wait(srv), events;
     sc_call *k;
     (void)work;
+    while ((k = sc_server_events(srv, &events))) {
+        MUST(events && !(events & ~(SC_READABLE | SC_WRITABLE | SC_CANCELLED)));
+        sc_call_unref(k);
+    }
     while ((k = sc_server_next(srv))) {
-        if (k->method == 1 && nparked < sizeof parked / sizeof *parked) {
+        if (k->method && nparked < sizeof parked / sizeof *parked) {
             parked[nparked++] = k;
             continue;
         }
         sc_call_reply(k, 0, NULL, 0, k->payload.p, k->payload.n, true);
         sc_call_unref(k);
     }
+    for (size_t i = 0; busy && i < nparked; i++)
+        if (parked[i]->streams)
+            handle_stream(parked[i]);
     sc_server_flush(srv);
 }
 
@@ -54,7 +72,10 @@ static void answer_parked(void)
 {
     while (nparked) {
         sc_call *k = parked[--nparked];
-        sc_call_reply(k, SC_UNKNOWN, "\xff late", 6, NULL, 0, false);
+        if (k->streams && busy)
+            sc_call_reply(k, 0, NULL, 0, "late", 4, false);
+        else
+            sc_call_reply(k, SC_UNKNOWN, "\xff late", 6, NULL, 0, false);
         sc_call_unref(k);
     }
 }
@@ -73,6 +94,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     MUST(core && srv && fd >= 0 && bind(fd, (struct sockaddr *)&a, sizeof a) == 0 && listen(fd, 64) == 0);
     MUST(sc_server_listen(srv, fd) == 0);
     MUST(sc_server_method(srv, "s", "E", 0, 0) == 0 && sc_server_method(srv, "s", "P", 0, 1) == 0);
+    MUST(sc_server_method(srv, "s", "U", SC_STREAM_CLIENT, 2) == 0 && sc_server_method(srv, "s", "D", SC_STREAM_SERVER, 3) == 0);
+    MUST(sc_server_method(srv, "s", "B", SC_STREAM_CLIENT | SC_STREAM_SERVER, 4) == 0);
     MUST(sc_server_method(srv, "s", "S", SC_NATIVE_STATE, -1) == 0 && sc_server_method(srv, "s", "W", SC_NATIVE_WAIT, -1) == 0);
     MUST(sc_server_method(srv, "s", "C", SC_NATIVE_CONNECT, -1) == 0);
     MUST(sc_slot_open_init(core, "c", NULL, 0, &slot) == 0);
@@ -99,6 +122,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     int fd = dial();
     size_t piece = data[1] ? data[1] : 65536, at = 2;
     bool over = false;
+    busy = data[0] & 4;
     while (at < n && !over) {
         size_t k = n - at < piece ? n - at : piece;
         ssize_t sent = send(fd, data + at, k, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -132,6 +156,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     answer_parked();
     MUST(sc_server_inflight(srv) == 0);
     MUST(!slot->waiters);
+    MUST(!atomic_load(&srv->has_events));
 
     /* Another client finds all well. */
     static const uint8_t ping[] = "\0\0\0\x09\0\0\0\1\1\1\x0a\1s\x12\1E\x1a\1!", pong[] = "\0\0\0\3\0\0\0\1\2\0\x12\1!";
