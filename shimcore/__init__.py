@@ -9,9 +9,16 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from . import address as address
+    from . import cgroup as cgroup
     from . import errors as errors
+    from . import jobs as jobs
+    from . import logger as logger
     from . import monitor as monitor
+    from . import mount as mount
     from . import publisher as publisher
+    from . import state as state
+    from . import ttrpc as ttrpc
     from . import util as util
     from ._reaper import Core as Core
     from ._reaper import ExitSignal as ExitSignal
@@ -47,17 +54,19 @@ _MODULES = ("address", "cgroup", "errors", "jobs", "logger", "monitor", "mount",
 __all__ = ["__version__", *sorted(_NAMES), *_MODULES]
 
 
-def __getattr__(name: str) -> object:
-    module = _NAMES.get(name, name if name in _MODULES else "")
-    if not module:
-        raise AttributeError(f"module 'shimcore' has no attribute {name!r}")
-    import sys
+if not TYPE_CHECKING:  # to a type checker there is what stands above, and nothing else
 
-    full = f"shimcore.{module}"
-    if full not in sys.modules:
-        __import__(full)
-    found = sys.modules[full]
-    return getattr(found, name) if name in _NAMES else found
+    def __getattr__(name: str) -> object:
+        module = _NAMES.get(name, name if name in _MODULES else "")
+        if not module:
+            raise AttributeError(f"module 'shimcore' has no attribute {name!r}")
+        import sys
+
+        full = f"shimcore.{module}"
+        if full not in sys.modules:
+            __import__(full)
+        found = sys.modules[full]
+        return getattr(found, name) if name in _NAMES else found
 
 
 def __dir__() -> list[str]:

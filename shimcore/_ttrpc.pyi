@@ -59,6 +59,10 @@ class Server:
     handler as interceptor(request, context, handler), the first one outermost; each returns what handler(request, context)
     returns."""
 
+    @property
+    def core(self) -> Core: ...
+    @property
+    def max_message(self) -> int: ...
     def __init__(
         self, core: Core, *, max_message: int = ..., max_inflight: int = ..., max_connections: int = ..., max_unsent: int = ...,
         max_unread: int = ..., workers: int = ..., check_peer: bool = True, interceptors: Sequence[Callable[..., Any]] = (),

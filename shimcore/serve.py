@@ -88,7 +88,7 @@ def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
             done(None, None)
 
     if kind_of(task.teardown) == COROUTINE:
-        Coroutine(core, task.teardown(slot), done).step()  # type: ignore[func-returns-value, arg-type]
+        Coroutine(core, task.teardown(slot), done).step()  # type: ignore[arg-type]
     else:
         core.pool.submit(in_pool)
 

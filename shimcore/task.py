@@ -16,7 +16,7 @@ from ._ttrpc import COROUTINE, INLINE, POOL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from typing import Any, TypeVar
 
     from ._reaper import Slot
@@ -76,7 +76,7 @@ class Task:
     native = False
     teardown_timeout = 5.0  # seconds that an exit waits for `teardown`, if the author has written it
 
-    def teardown(self, slot: Slot) -> None:
+    def teardown(self, slot: Slot) -> Coroutine[Any, Any, None] | None:
         """Called on a pool thread (or awaited, when it is a coroutine) after a process has ended and before its exit is told.
 
         Write it to undo what must be undone by the time that containerd hears of the exit. When teardown_timeout has passed the

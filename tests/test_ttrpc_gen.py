@@ -19,7 +19,7 @@ import pytest
 from shimcore import ttrpc
 from shimcore.errors import NotFound, Unimplemented
 from shimcore.ttrpc import gen
-from tests.checked import PROGRAMS, errors, marked, mypy
+from tests.checked import PROGRAMS, errors, marked, mypy, stubtest
 from tests.served import HANG
 
 pytest.importorskip("grpc_tools")
@@ -184,6 +184,12 @@ def test_mypy_tells_of_each_mistake(made: Path) -> None:
     wrong = PROGRAMS / "generated_wrong.py"
     assert len(marked(wrong)) > 10
     assert errors(mypy(wrong, made)) == marked(wrong)
+
+
+def test_the_types_are_those_of_the_code(made: Path) -> None:
+    pytest.importorskip("mypy")
+    # protobuf's descriptors are of a class that its types do not name.
+    assert stubtest(["depot.store_ttrpc"], [r"depot\.store_ttrpc\.StoreBase\.DESCRIPTOR"], made) == []
 
 
 # ---- calls ----
