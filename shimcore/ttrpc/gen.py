@@ -67,7 +67,7 @@ def generate(files: Sequence[str], folders: Sequence[str], *, messages: bool = F
             command += [f"--python_out={out}", f"--pyi_out={out}"]
         if subprocess.run([*command, *files]).returncode:
             raise GenError("protoc has failed")
-        made = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*_pb2.py*")}
+        made = {path.relative_to(out).as_posix(): path.read_text("utf-8") for path in out.rglob("*_pb2.py*")}
         services = texts(FileDescriptorSet.FromString(descriptors.read_bytes()).file, names)
     if not services and not messages:
         raise GenError(f"no service in {', '.join(files)}")
@@ -97,7 +97,7 @@ def _drift(made: dict[str, str], out: Path) -> list[str]:
         path = out / name
         if not path.exists():
             lines.append(f"missing: {path}")
-        elif path.read_text() != text:
+        elif path.read_text("utf-8") != text:
             lines.append(f"differs: {path}")
     return lines
 
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, text in made.items():
             path = options.out / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, "utf-8")
     except (GenError, OSError) as error:
         print(f"gen: {error}", file=sys.stderr)
         return 1

@@ -20,6 +20,7 @@ from shimcore.ttrpc.names import python_name
 _SERVICE, _METHOD = 6, 2
 
 _HEAD = "# Made from {} by shimcore.ttrpc.gen: change that, not this.\n"
+_UNTYPED = "# Its types are in the .pyi.\n# mypy: ignore-errors\n"
 _INDENT = "    "
 
 
@@ -233,6 +234,6 @@ def texts(files: Iterable[FileDescriptorProto], wanted: Iterable[str]) -> dict[s
         module = _Module(by_name[proto], types)
         path = PurePosixPath(*module_of(proto, "_ttrpc").split("."))
         head = _HEAD.format(proto)
-        made[f"{path}.py"] = "\n".join([head, *_code(module), ""])
+        made[f"{path}.py"] = "\n".join([head + _UNTYPED, *_code(module), ""])
         made[f"{path}.pyi"] = "\n".join([head, *_stub(module), ""])
     return made
