@@ -18,6 +18,14 @@ static int watch(sc_server *s, int fd, uint32_t events, void *ptr)
     return epoll_ctl(s->epfd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
 }
 
+/* glibc gives memory back to the kernel whenever 128 KiB at the top of a heap are free, so each message of 64 KiB would be paid for
+ * with hundreds of page faults. Once a block of this size has been freed, it keeps twice as much. */
+static void keep_memory(void)
+{
+    void *volatile block = malloc(SC_KEPT); /* volatile: a compiler leaves out what nobody uses */
+    free(block);
+}
+
 sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
 {
     sc_server *s = calloc(1, sizeof *s);
@@ -37,6 +45,7 @@ sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
     s->epfd = epoll_create1(EPOLL_CLOEXEC);
     s->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     s->rbuf = malloc(SC_RBUF);
+    keep_memory();
     if (s->epfd < 0 || s->wakefd < 0 || !s->rbuf || watch(s, s->wakefd, EPOLLIN, &s->wake_kind) < 0 ||
         watch(s, core->mailfd, EPOLLIN, &s->mail_kind) < 0) {
         int e = errno;

@@ -94,7 +94,7 @@ enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN 
 sc_server *sc_server_new(sc_core *, const sc_limits *);
 void sc_server_free(sc_server *);
 int sc_server_listen(sc_server *, int fd);
-enum { SC_RBUF = 262144 }; /* bytes read at a time */
+enum { SC_RBUF = 262144, SC_KEPT = 1048576 }; /* bytes read at a time; see sc_server_new */
 enum { SC_NATIVE_STATE = 1, SC_NATIVE_WAIT, SC_NATIVE_CONNECT, SC_STREAM_CLIENT = 16, SC_STREAM_SERVER = 32 };
 /* kind: 0 a Python method, SC_NATIVE_*, or which side of a Python method streams. Before the first wait only. */
 int sc_server_method(sc_server *, const char *service, const char *method, int kind, int index);
