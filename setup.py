@@ -1,6 +1,6 @@
 """The compiled half of shimcore: everything else about the build is in pyproject.toml.
 
-The C core is built once, as a static library with strict warnings, and linked into both modules:
+The C core is built once, as a static library with strict warnings, and linked into the modules:
 warnings about Cython's own C can't hide ours then. A module exports its init function and nothing else
 (-fvisibility=hidden).
 """
@@ -63,6 +63,6 @@ LIBRARY = {"sources": CORE, "macros": MACROS, "include_dirs": ["shimcore/core"],
 setup(
     cmdclass={"build_ext": BuildExt},
     libraries=[("shimcore_core", LIBRARY)],
-    ext_modules=cythonize([module("_reaper"), module("_ttrpc")], language_level=3),
+    ext_modules=cythonize([module(name) for name in ("_reaper", "_ttrpc", "_frames")], language_level=3),
     options={"build_ext": {"parallel": os.cpu_count() or 1}},
 )

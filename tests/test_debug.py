@@ -62,6 +62,7 @@ def test_the_dump_tells_what_there_is(lab: Lab) -> None:
     assert box.status("gone") == 7
     box.told("gone")
     lab.settled()
+    until(lambda: not dump(lab)["core"]["queued"])  # the answer to its event has come
     found = dump(lab)
     assert found["pid"] == lab.pid and found["namespace"] == lab.rig.namespace and found["id"] == "lab"
     processes = {(one["container"], one["exec"]): one for one in found["processes"]}

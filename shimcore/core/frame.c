@@ -37,7 +37,8 @@ int sc_read_field(sc_reader *r, sc_field *f)
             break;
         }
         case 3:
-            depth++;
+            if (++depth > SC_GROUP_DEPTH)
+                return -1;
             continue;
         case 4:
             if (!depth)
@@ -207,7 +208,7 @@ bool sc_response_parse(const uint8_t *p, size_t n, sc_response *out)
 
 static size_t status_size(int32_t code, size_t message_len)
 {
-    return 1 + sc_varint_size((uint32_t)code) + (message_len ? sc_bytes_size(message_len) : 0);
+    return 1 + sc_varint_size((uint64_t)code) + (message_len ? sc_bytes_size(message_len) : 0);
 }
 
 size_t sc_response_size(int32_t code, size_t message_len, size_t payload_len)
@@ -222,7 +223,7 @@ size_t sc_response_head(uint8_t *out, uint32_t stream, int32_t code, const char 
     if (code) {
         *p++ = 1 << 3 | 2;
         p = sc_write_varint(p, status_size(code, message_len));
-        p = sc_write_uint(p, 1, (uint32_t)code);
+        p = sc_write_uint(p, 1, (uint64_t)code); /* a negative int32 has ten bytes */
         if (message_len)
             p = sc_write_bytes(p, 2, message, message_len);
     }

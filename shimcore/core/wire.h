@@ -33,6 +33,7 @@ static inline bool sc_read_varint(sc_reader *r, uint64_t *out)
     return false;
 }
 
+enum { SC_GROUP_DEPTH = 10000 }; /* groups in one another; Go's protobuf takes no more */
 /* Next field: 1 = one was read, 0 = end, -1 = malformed. */
 int sc_read_field(sc_reader *r, sc_field *f);
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+from shimcore._frames import decode_response
 from shimcore.errors import (
     Canceled,
     Closed,
@@ -31,7 +32,6 @@ from shimcore.ttrpc.codec import (
     DecodeError,
     Frame,
     Response,
-    decode_response,
 )
 from shimcore.ttrpc.connection import Connection
 
@@ -49,13 +49,13 @@ def serialized(message: bytes | MessageLike) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-class _Common(Generic[R]):
-    """A call under way. `method` is its full name; stream_id is 0 until it has been sent."""
+class UnderWay(Generic[R]):
+    """A call under way, with threads or with asyncio. `method` is its full name; stream_id is 0 until it has been sent."""
 
-    def __init__(self, connection: Connection, method: str, response_class: Any, deadline: float | None) -> None:
+    def __init__(self, address: str, method: str, response_class: Any, deadline: float | None) -> None:
         self.method = method
         self.stream_id = 0
-        self._connection = connection
+        self._address = address
         self._response_class = response_class
         self._deadline = deadline
         self._error: ShimError | None = None
@@ -71,10 +71,11 @@ class _Common(Generic[R]):
         result: R = message
         return result
 
-    def _late(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"{self.method}: no answer from {self._connection.address} in time")
+    def late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.method}: no answer from {self._address} in time")
 
-    def _left(self) -> float | None:
+    def left(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
         return None if self._deadline is None else min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX)
 
     def _response(self, frame: Frame) -> Response:
@@ -91,8 +92,25 @@ class _Common(Generic[R]):
             raise from_code(response.code, response.message)
         return response
 
+    def _heard(self, frame: Frame, server_streams: bool) -> tuple[bytes | None, bool, ShimError | None]:
+        """What a frame says to a stream: a message or None, whether the stream is over, and what it has failed with."""
+        if frame.type == TYPE_DATA and server_streams and not frame.oversize:
+            return None if frame.flags & FLAG_NO_DATA else frame.data, bool(frame.flags & FLAG_REMOTE_CLOSED), None
+        try:
+            payload = self._response(frame).payload
+        except ShimError as error:
+            return None, True, error
+        # Where the server streams, an empty answer says no more than that it is over.
+        return payload if payload or not server_streams else None, True, None
 
-class Call(_Common[R]):
+
+class _Threaded(UnderWay[R]):
+    def __init__(self, connection: Connection, method: str, response_class: Any, deadline: float | None) -> None:
+        super().__init__(connection.address, method, response_class, deadline)
+        self._connection = connection
+
+
+class Call(_Threaded[R]):
     """A call with one answer. Any thread may wait for it, or cancel it."""
 
     def __init__(self, connection: Connection, method: str, response_class: Any, deadline: float | None) -> None:
@@ -116,7 +134,7 @@ class Call(_Common[R]):
         Raises the error of shimcore.errors for the status that the server sent; DeadlineExceeded; Canceled; Closed when the
         connection ended; ResourceExhausted when the answer is too long; Internal for one that does not parse.
         """
-        left = self._left()
+        left = self.left()
         # One that had no time to begin with has failed, however quick the peer was.
         if left is None:
             self._gate.acquire()
@@ -124,7 +142,7 @@ class Call(_Common[R]):
         elif left > 0 and self._gate.acquire(timeout=left):
             self._gate.release()
         else:
-            self._give_up(self._late())
+            self._give_up(self.late())
         if self._error is not None:
             raise copy.copy(self._error)
         assert self._frame is not None
@@ -151,7 +169,7 @@ class Call(_Common[R]):
         self._gate.release()
 
 
-class Stream(_Common[R]):
+class Stream(_Threaded[R]):
     """A call with messages, of which either side may send many. Sending and receiving may be done on two threads. A context
     manager, which cancels what is not over. To iterate over it is to receive until the end.
 
@@ -248,10 +266,10 @@ class Stream(_Common[R]):
             raise FailedPrecondition(f"{self.method}: the server has ended the call")
 
     def _wait(self, condition: threading.Condition, holds: Callable[[], bool]) -> None:
-        left = self._left()
+        left = self.left()
         if (left is not None and left <= 0) or not condition.wait_for(holds, left):
             if not self._over:
-                self._give_up(self._late())
+                self._give_up(self.late())
                 self._drop()
 
     def _drop(self) -> None:
@@ -269,27 +287,14 @@ class Stream(_Common[R]):
         self._connection.room.notify_all()
 
     def take(self, frame: Frame) -> bool:
-        if frame.type == TYPE_DATA and self._server_streams and not frame.oversize:
-            if not frame.flags & FLAG_NO_DATA:
-                self._came(frame.data)
-            if frame.flags & FLAG_REMOTE_CLOSED:
-                self._finish()
-            return self._over
-        try:
-            payload = self._response(frame).payload
-        except ShimError as error:
+        message, over, error = self._heard(frame, self._server_streams)
+        if message is not None:
+            self._messages.append(message)
+            self._connection.came(len(message))
+            self._ready.notify()
+        if over:
             self._finish(error)
-        else:
-            # Where the server streams, an empty answer says no more than that it is over.
-            if payload or not self._server_streams:
-                self._came(payload)
-            self._finish()
-        return True
-
-    def _came(self, raw: bytes) -> None:
-        self._messages.append(raw)
-        self._connection.came(len(raw))
-        self._ready.notify()
+        return over
 
     def fail(self, error: Closed) -> None:
         self._finish(error)

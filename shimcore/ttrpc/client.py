@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol, Self, TypeVar, overload
 
+from shimcore._frames import encode_request
 from shimcore.errors import Closed, InvalidArgument
 from shimcore.ttrpc.calls import Call, MessageLike, Stream, serialized
-from shimcore.ttrpc.codec import FLAG_NO_DATA, FLAG_REMOTE_CLOSED, FLAG_REMOTE_OPEN, MESSAGE_MAX, encode_request
+from shimcore.ttrpc.codec import FLAG_NO_DATA, FLAG_REMOTE_CLOSED, FLAG_REMOTE_OPEN, MESSAGE_MAX
 from shimcore.ttrpc.connection import Connection
 
 #: Metadata key that names the containerd namespace of a call.
@@ -22,11 +23,11 @@ MetadataLike = Mapping[str, str] | Iterable[tuple[str, str]]
 _INT64_MAX = (1 << 63) - 1
 
 
-class _Parsed(Protocol):
+class Parsed(Protocol):
     def ParseFromString(self, serialized: bytes, /) -> int: ...
 
 
-R = TypeVar("R", bound=_Parsed)
+R = TypeVar("R", bound=Parsed)
 
 
 class Outgoing:
@@ -53,6 +54,27 @@ class Outgoing:
         self.response_class = response_class
         self.timeout = timeout
         self.metadata = metadata
+
+    @property
+    def name(self) -> str:
+        """Full name of the method."""
+        return f"{self.service}/{self.method}"
+
+    def encode(self) -> bytes:
+        """The data of the Request. Raises InvalidArgument for text that is none."""
+        if self.timeout == math.inf:
+            self.timeout = None
+        payload = b"" if self.request is None else serialized(self.request)
+        # 0 means no deadline on the wire, and a caller's 0 does not.
+        nanos = 0 if self.timeout is None else max(min(int(self.timeout * 1e9), _INT64_MAX), -_INT64_MAX) or -1
+        try:
+            return encode_request(self.service, self.method, payload, nanos, self.metadata)
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"{self.name}: {error}") from None
+
+    def deadline(self) -> float | None:
+        """Of time.monotonic(), if the call begins now."""
+        return None if self.timeout is None else time.monotonic() + self.timeout
 
 
 Proceed = Callable[[Outgoing], Any]
@@ -91,7 +113,7 @@ class Client:
         max_unsent: int = 8 << 20,
     ) -> None:
         self.address = address
-        self._metadata = _pairs(metadata)
+        self._metadata = pairs(metadata)
         if namespace:
             self._metadata.append((NAMESPACE_KEY, namespace))
         self._interceptors = tuple(interceptors)
@@ -291,29 +313,19 @@ class Client:
         timeout: float | None,
         metadata: MetadataLike,
     ) -> Outgoing:
-        return Outgoing(service, method, request, response_class, timeout, self._metadata + _pairs(metadata))
+        return Outgoing(service, method, request, response_class, timeout, self._metadata + pairs(metadata))
 
     def _intercepted(self, proceed: Proceed, outgoing: Outgoing) -> Any:
         for interceptor in reversed(self._interceptors):
-            proceed = _around(interceptor, proceed)
+            proceed = around(interceptor, proceed)
         return proceed(outgoing)
 
     def _start(self, outgoing: Outgoing) -> Call[Any]:
         return self._open(outgoing, FLAG_REMOTE_CLOSED, Call)
 
     def _open(self, outgoing: Outgoing, flags: int, make: Callable[[Connection, str, Any, float | None], _E]) -> _E:
-        timeout = outgoing.timeout
-        if timeout is not None and timeout == math.inf:
-            timeout = None
-        deadline = None if timeout is None else time.monotonic() + timeout
-        name = f"{outgoing.service}/{outgoing.method}"
-        payload = b"" if outgoing.request is None else serialized(outgoing.request)
-        # 0 means no deadline on the wire, and a caller's 0 does not.
-        nanos = 0 if timeout is None else min(int(timeout * 1e9), _INT64_MAX) or -1
-        try:
-            data = encode_request(outgoing.service, outgoing.method, payload, nanos, outgoing.metadata)
-        except UnicodeEncodeError as error:
-            raise InvalidArgument(f"{name}: {error}") from None
+        name, data = outgoing.name, outgoing.encode()
+        deadline = outgoing.deadline()
         connection = self._live()
         under_way = make(connection, name, outgoing.response_class, deadline)
         try:
@@ -345,10 +357,10 @@ class Client:
 _E = TypeVar("_E", Call[Any], Stream[Any])
 
 
-def _around(interceptor: Interceptor, proceed: Proceed) -> Proceed:
+def around(interceptor: Interceptor, proceed: Proceed) -> Proceed:
     return lambda outgoing: interceptor(outgoing, proceed)
 
 
-def _pairs(metadata: MetadataLike) -> list[tuple[str, str]]:
+def pairs(metadata: MetadataLike) -> list[tuple[str, str]]:
     items = metadata.items() if isinstance(metadata, Mapping) else metadata
     return [(key.lower(), value) for key, value in items]

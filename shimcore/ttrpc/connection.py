@@ -25,11 +25,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from shimcore._frames import FrameParser, encode_frame
 from shimcore.errors import Closed, ResourceExhausted
-from shimcore.ttrpc.codec import TYPE_DATA, TYPE_REQUEST, Frame, FrameParser, encode_frame
+from shimcore.ttrpc.codec import TYPE_DATA, TYPE_REQUEST, Frame
 
 _RECV_SIZE = 256 * 1024
-_STREAM_ID_MAX = 0xFFFFFFFF
+STREAM_ID_MAX = 0xFFFFFFFF
 
 
 class Exchange(Protocol):
@@ -107,7 +108,7 @@ class Connection:
         with self.lock:
             closed = self.closed
             if closed is None:
-                if self._next_id > _STREAM_ID_MAX:
+                if self._next_id > STREAM_ID_MAX:
                     raise ResourceExhausted("no stream id is left on this connection")
                 # The id is taken under the lock that orders the queue: ids must rise on the wire.
                 self._push(exchange.method, self._next_id, TYPE_REQUEST, flags, data)
@@ -283,14 +284,17 @@ def _unregister(poll: select.poll, fd: int) -> None:
         pass
 
 
-def _connect(address: str, timeout: float) -> socket.socket:
+def socket_name(address: str) -> str:
+    """The name to connect a unix socket to."""
     name = address.removeprefix("unix://")
-    if name.startswith("@"):
-        name = "\0" + name[1:]
+    return "\0" + name[1:] if name.startswith("@") else name
+
+
+def _connect(address: str, timeout: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.settimeout(timeout)
-        sock.connect(name)
+        sock.connect(socket_name(address))
         sock.setblocking(False)
     except OSError as error:
         sock.close()

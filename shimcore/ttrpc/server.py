@@ -24,7 +24,7 @@ from shimcore._reaper import Core
 from shimcore.address import remove_socket, start_listener
 from shimcore.task import kind_of
 from shimcore.ttrpc.codec import MESSAGE_MAX
-from shimcore.ttrpc.names import python_name
+from shimcore.ttrpc.names import handlers
 
 Interceptor = Callable[[Any, _ttrpc.Context, Callable[[Any, _ttrpc.Context], Any]], Any]
 
@@ -89,14 +89,9 @@ class Server:
         Raises ValueError when the implementation has no method of the service, or one that streams is marked inline.
         """
         methods = {}
-        for method in service.methods:
-            handler = getattr(implementation, python_name(method.name), None)
-            if handler is not None:
-                streams = _ttrpc.CLIENT_STREAM * method.client_streaming | _ttrpc.SERVER_STREAM * method.server_streaming
-                methods[method.name] = (kind_of(handler), handler, GetMessageClass(method.input_type), streams)
-        if not methods:
-            names = ", ".join(python_name(method.name) for method in service.methods)
-            raise ValueError(f"{type(implementation).__name__} has no method of {service.full_name} (of: {names})")
+        for method, handler in handlers(service, implementation):
+            streams = _ttrpc.CLIENT_STREAM * method.client_streaming | _ttrpc.SERVER_STREAM * method.server_streaming
+            methods[method.name] = (kind_of(handler), handler, GetMessageClass(method.input_type), streams)
         self._server.add_service(service.full_name, methods)
 
     def listen(self, address: str) -> None:

@@ -216,7 +216,7 @@ static void repeated_scalars_last_wins(void)
 
 static void nested_groups(void)
 {
-    enum { DEEP = 10001 };
+    enum { DEEP = SC_GROUP_DEPTH };
     uint8_t *p = malloc(2 * DEEP + 3);
     memset(p, 0x33, DEEP);
     memset(p + DEEP, 0x34, DEEP);
@@ -227,6 +227,11 @@ static void nested_groups(void)
     CHECK(!request(p, 2 * DEEP - 1, &q));
     memset(p, 0x33, 2 * DEEP); /* all beginnings */
     CHECK(!request(p, 2 * DEEP, &q));
+    free(p);
+    p = malloc(2 * (DEEP + 1));
+    memset(p, 0x33, DEEP + 1);
+    memset(p + DEEP + 1, 0x34, DEEP + 1);
+    CHECK(!request(p, 2 * (DEEP + 1), &q));
     free(p);
 }
 
