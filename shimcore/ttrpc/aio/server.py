@@ -308,6 +308,9 @@ class Server:
         address = address if address.startswith("unix://") else f"unix://{address}"
         listener = socket.socket(fileno=start_listener(address))
         listener.setblocking(False)
+        if self._hang_ups is None:
+            self._hang_ups = select.epoll()
+            self.loop.add_reader(self._hang_ups, self._hung_up)
         self._listeners[address] = listener
         self.loop.add_reader(listener, self._accept, listener)
 
@@ -372,9 +375,7 @@ class Server:
         self._settled.set()
 
     def watch(self, connection: Connection) -> None:
-        if self._hang_ups is None:
-            self._hang_ups = select.epoll()
-            self.loop.add_reader(self._hang_ups, self._hung_up)
+        assert self._hang_ups is not None
         self._half_closed[connection.fd] = connection
         self._hang_ups.register(connection.fd, 0)
 
