@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import re
@@ -135,6 +136,7 @@ GOOD = "rpc Get(M) returns (M);"
         ("x.proto", proto("rpc _Get(M) returns (M);"), "x.proto: bad.S: a method named `_get` would be private in Python"),
         ("x.proto", proto("rpc Get(None) returns (None);", "", "message None {}"),
          "x.proto: message bad.None: `None` can't be a name in Python"),
+        ("x.proto", proto(GOOD, "service AsyncS {}"), "x.proto: 2 classes would be named `AsyncSClient` in Python"),
         ("import/x.proto", proto(GOOD), "import/x.proto: its module would be import.x_pb2, and `import` can't"),
         ("3d.proto", proto(GOOD), "3d.proto: its module would be 3d_pb2, and `3d_pb2` can't be a name in Python"),
     ],
@@ -191,7 +193,7 @@ def test_mypy_tells_of_each_mistake(made: Path) -> None:
 def test_the_types_are_those_of_the_code(made: Path) -> None:
     pytest.importorskip("mypy")
     # protobuf's descriptors are of a class that its types do not name.
-    assert stubtest(["depot.store_ttrpc"], [r"depot\.store_ttrpc\.StoreBase\.DESCRIPTOR"], made) == []
+    assert stubtest(["depot.store_ttrpc"], [r"depot\.store_ttrpc\.(Async)?StoreBase\.DESCRIPTOR"], made) == []
 
 
 # ---- calls ----
@@ -237,6 +239,12 @@ def test_calls_of_every_kind(program: Any, address: str, implementation: str) ->
             program.get(client, "z", HANG)
         with pytest.raises(Unimplemented, match=r"depot.v1.Store/Import is not implemented"):
             store.import_(item(), timeout=HANG)
+
+
+def test_calls_with_asyncio(program: Any, address: str) -> None:
+    items = [program.Item(id=program.Id(value=name), content=name.encode()) for name in ("b", "a")]
+    answers = asyncio.run(program.with_asyncio(address, items, HANG))
+    assert answers == (2, ["a", "b"], b"b", b"b", "depot.v1.Store/Import is not implemented")
 
 
 def test_a_base_that_nobody_has_written(program: Any, address: str) -> None:

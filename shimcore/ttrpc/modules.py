@@ -86,6 +86,9 @@ class _Module:
         self.descriptor = f"{self.aliases[own]}.DESCRIPTOR"
         self.comments = {tuple(at.path): at.leading_comments or at.trailing_comments for at in file.source_code_info.location}
         self.services = [self._service(index) for index in range(len(file.service))]
+        for name, count in Counter(prefix + service.name for service in file.service for prefix in ("", "Async")).items():
+            if count > 1:
+                raise GenError(f"{file.name}: {count} classes would be named `{name}Client` in Python")
 
     def _check(self, service: str, rpcs: Sequence[_Rpc]) -> None:
         for name, count in Counter(rpc.python for rpc in rpcs).items():
@@ -157,11 +160,16 @@ def _code(module: _Module) -> Iterator[str]:
         for rpc in service.rpcs:
             yield from ["", f"    def {rpc.python}(self, request{'s' * rpc.client_streams}, context):"]
             yield f'        raise _Unimplemented("{service.full_name}/{rpc.name} is not implemented")'
+        # What a client of asyncio returns is awaitable, so the calls are the same; only their types differ.
+        for kind in "Client", "Base":
+            yield from ["", "", f"class Async{name}{kind}({name}{kind}):", "    pass"]
 
 
 # ---- the .pyi ----
 
 _TYPES = """\
+from collections.abc import Coroutine as _Coroutine
+from typing import Any as _Any
 from typing import ClassVar as _ClassVar
 
 {imports}
@@ -169,6 +177,7 @@ from google.protobuf.descriptor import ServiceDescriptor as _ServiceDescriptor
 
 from shimcore import Context as _Context
 from shimcore import ttrpc as _ttrpc
+from shimcore.ttrpc import aio as _aio
 from shimcore.ttrpc import stubs as _stubs
 from shimcore.ttrpc.client import MetadataLike as _MetadataLike"""
 
@@ -183,22 +192,24 @@ def _docstring(comment: str, indent: str) -> list[str]:
     return [f"{indent}{line}" if line else "" for line in f'"""{text}"""'.splitlines()]
 
 
-def _signature(rpc: _Rpc) -> str:
+def _signature(rpc: _Rpc, asynchronous: bool) -> str:
     request = "" if rpc.client_streams else f"request: {rpc.request}, "
     options = "*, timeout: float | None = None, metadata: _MetadataLike = ()"
+    kind = "Async" * asynchronous
     if rpc.client_streams:
-        answer = f"_stubs.ClientStream[{rpc.request}, {rpc.response}]"
+        answer = f"_stubs.{kind}ClientStream[{rpc.request}, {rpc.response}]"
     elif rpc.server_streams:
-        answer = f"_stubs.ServerStream[{rpc.response}]"
+        answer = f"_stubs.{kind}ServerStream[{rpc.response}]"
     else:
-        answer = rpc.response
+        answer = f"_Coroutine[_Any, _Any, {rpc.response}]" if asynchronous else rpc.response
     return f"def {rpc.python}(self, {request}{options}) -> {answer}:"
 
 
-def _handler(rpc: _Rpc) -> str:
+def _handler(rpc: _Rpc, asynchronous: bool) -> str:
+    context = "_aio.Context" if asynchronous else "_Context"
     request = f"requests: _stubs.Requests[{rpc.request}]" if rpc.client_streams else f"request: {rpc.request}"
     answer = "Messages" if rpc.server_streams else "Answer"
-    return f"def {rpc.python}(self, {request}, context: _Context) -> _stubs.{answer}[{rpc.response}]:"
+    return f"def {rpc.python}(self, {request}, context: {context}) -> _stubs.{answer}[{rpc.response}]:"
 
 
 def _class(head: str, service: _Service, first: str, signatures: Sequence[str]) -> Iterator[str]:
@@ -212,11 +223,12 @@ def _class(head: str, service: _Service, first: str, signatures: Sequence[str]) 
 def _stub(module: _Module) -> Iterator[str]:
     yield _TYPES.format(imports="\n".join(module.imports()))
     for service in module.services:
-        name = service.name
-        first = "def __init__(self, client: _ttrpc.Client) -> None: ..."
-        yield from _class(f"{name}Client", service, first, [_signature(rpc) for rpc in service.rpcs])
-        first = "DESCRIPTOR: _ClassVar[_ServiceDescriptor]"
-        yield from _class(f"{name}Base", service, first, [_handler(rpc) for rpc in service.rpcs])
+        for asynchronous, prefix, client in ((False, "", "_ttrpc.Client"), (True, "Async", "_aio.Client")):
+            name = prefix + service.name
+            calls = [_signature(rpc, asynchronous) for rpc in service.rpcs]
+            yield from _class(f"{name}Client", service, f"def __init__(self, client: {client}) -> None: ...", calls)
+            handlers = [_handler(rpc, asynchronous) for rpc in service.rpcs]
+            yield from _class(f"{name}Base", service, "DESCRIPTOR: _ClassVar[_ServiceDescriptor]", handlers)
 
 
 def texts(files: Iterable[FileDescriptorProto], wanted: Iterable[str]) -> dict[str, str]:

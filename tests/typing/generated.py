@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Iterator
 
 from depot.item_types_pb2 import Id, Item
 from depot.store_pb2 import GetItemRequest, PutAllResponse
-from depot.store_ttrpc import StoreBase, StoreClient
+from depot.store_ttrpc import AsyncStoreBase, AsyncStoreClient, StoreBase, StoreClient
 from google.protobuf.empty_pb2 import Empty
 
 from shimcore import Context, inline, ttrpc
-from shimcore.errors import NotFound
+from shimcore.errors import NotFound, Unimplemented
+from shimcore.ttrpc import aio
 
 
 class Blocking(StoreBase):
@@ -100,3 +101,51 @@ def swap(store: StoreClient, item: Item, timeout: float) -> bytes:
 def get(client: ttrpc.Client, name: str, timeout: float) -> bytes:
     item = StoreClient(client).get_item(GetItemRequest(id=Id(value=name)), timeout=timeout, metadata=[("user", "u")])
     return item.content
+
+
+class Asynchronous(AsyncStoreBase):
+    """For asyncio; one method blocks, and is run on a thread."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, Item] = {}
+
+    async def get_item(self, request: GetItemRequest, context: aio.Context) -> Item:
+        return self.items[request.id.value]
+
+    async def put_all(self, requests: AsyncIterator[Item], context: aio.Context) -> PutAllResponse.Summary:
+        self.items.update({item.id.value: item async for item in requests})
+        return PutAllResponse.Summary(count=len(self.items))
+
+    def list_ids(self, request: Empty, context: aio.Context) -> Iterator[Id]:
+        for name in sorted(self.items):
+            yield Id(value=name)
+
+    async def exchange(self, requests: AsyncIterator[Item], context: aio.Context) -> AsyncIterator[Item]:
+        async for item in requests:
+            yield self.items[item.id.value]
+
+
+async def with_asyncio(address: str, items: list[Item], timeout: float) -> tuple[int, list[str], bytes, bytes, str]:
+    """What PutAll, ListIDs, Exchange and GetItem answer, and how Import is refused."""
+    async with aio.Server() as server:
+        server.register(AsyncStoreBase.DESCRIPTOR, Asynchronous())
+        await server.listen(address)
+        async with aio.Client(address) as client:
+            store = AsyncStoreClient(client)
+            async with store.put_all(timeout=timeout) as stream:
+                for item in items:
+                    await stream.send(item)
+                await stream.close_send()
+                summary = await stream.receive()
+            assert summary is not None
+            names = [id.value async for id in store.list_ids(Empty(), timeout=timeout)]
+            async with store.exchange(timeout=timeout, metadata={"user": "u"}) as both:
+                await both.send(items[0])
+                before: Item | None = await both.receive()
+            assert before is not None
+            got = await store.get_item(GetItemRequest(id=items[0].id), timeout=timeout)
+            try:
+                await store.import_(items[0], timeout=timeout)
+            except Unimplemented as error:
+                refused = str(error)
+    return summary.count, names, before.content, got.content, refused

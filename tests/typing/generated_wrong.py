@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from depot.item_types_pb2 import Id, Item
 from depot.store_pb2 import GetItemRequest, PutAllResponse
-from depot.store_ttrpc import StoreBase, StoreClient
+from depot.store_ttrpc import AsyncStoreBase, AsyncStoreClient, StoreBase, StoreClient
 from google.protobuf.empty_pb2 import Empty
 
 from shimcore import Context, ttrpc
+from shimcore.ttrpc import aio
 
 
 class Wrong(StoreBase):
@@ -44,3 +45,22 @@ def calls(client: ttrpc.Client) -> None:
     store.exchange().receive().content  # wrong: union-attr
     for summary in store.put_all():
         summary.value  # wrong: attr-defined
+
+
+class WrongAsynchronous(AsyncStoreBase):
+    async def get_item(self, request: GetItemRequest, context: Context) -> Item:  # wrong: override
+        return Item()
+
+    async def list_ids(self, request: Empty, context: aio.Context) -> list[Id]:  # wrong: override
+        return []
+
+
+async def asynchronous_calls(client: ttrpc.Client, connected: aio.Client) -> None:
+    AsyncStoreClient(client)  # wrong: arg-type
+    store = AsyncStoreClient(connected)
+    store.get_item(GetItemRequest()).content  # wrong: attr-defined
+    (await store.get_item(GetItemRequest())).contents  # wrong: attr-defined
+    store.list_ids(Empty()).receive().value  # wrong: attr-defined
+    await store.put_all().send(Id())  # wrong: arg-type
+    for item in store.exchange():  # wrong: attr-defined
+        item
