@@ -117,7 +117,7 @@ trials: build ## as test, with the bounds on time asserted too
 
 clean: ## remove what was built, the virtual environment too
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache
-	rm -f shimcore/*.so shimcore/_reaper.c shimcore/_ttrpc.c
+	rm -f shimcore/*.so shimcore/_*.c
 	find shimcore tests benchmarks examples tools -name __pycache__ -prune -exec rm -rf {} +
 
 # Each tests/fuzz/fuzz_*.c is a libFuzzer program of its own. The kept corpus is only read; what is new goes to build/fuzz.
