@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from shimcore.testing import Install
+from shimcore.testing.leaks import Guard, watched
 from tests.containerd.daemon import Containerd
 from tests.faults import lab, lab_shim, new_lab, shared_lab, shm
-from tests.leaks import MARKER, Guard
 
 __all__ = ["lab", "lab_shim", "new_lab", "shared_lab", "shm"]
 
 REPO = Path(__file__).resolve().parent.parent
-BUSYBOX = "/bin/busybox"
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -35,38 +30,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def leak_guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     """Set up first and torn down last of all fixtures: fails when the session leaves anything behind."""
-    marker = uuid.uuid4().hex
-    # Short, since the paths of unix sockets are: 108 bytes at most.
-    root = Path(tempfile.mkdtemp(prefix="sct-"))
-    before = {name: os.environ.get(name) for name in (MARKER, "TMPDIR", "PYTHONPATH", "SHIMCORE_TEMPLATE")}
-    # Whoever makes a temporary directory, the rig included, makes it where mounts are looked for at the end.
-    os.environ[MARKER] = marker
-    os.environ["TMPDIR"] = tempfile.tempdir = str(root)
-    # Children find the package whatever their working directory is, installed or not.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), before["PYTHONPATH"]]))
-    # A template outlives those whom it served: the tests that want one have it in a directory of theirs.
-    os.environ["SHIMCORE_TEMPLATE"] = os.environ.get("SHIMCORE_TEST_TEMPLATE", "0")
-    guard = Guard(marker, f"sct-{marker[:8]}", [root, tmp_path_factory.getbasetemp()])
-    yield guard
-    left = guard.settle()
-    if left:
-        guard.clean()
-    guard.drop_parents()
-    tempfile.tempdir = None
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    shutil.rmtree(root, ignore_errors=True)
-    if left:
-        pytest.fail("the session left behind:\n  " + "\n  ".join(left), pytrace=False)
-
-
-@pytest.fixture(scope="session")
-def session_root(leak_guard: Guard) -> Path:
-    """A directory with a short path that goes with the session."""
-    return leak_guard.roots[0]
+    with pytest.MonkeyPatch.context() as patch, watched(tmp_path_factory.getbasetemp()) as guard:
+        # Children find the package whatever their working directory is, installed or not.
+        patch.setenv("PYTHONPATH", str(REPO), prepend=os.pathsep)
+        # A template outlives those whom it served: the tests that want one have it in a directory of theirs.
+        patch.setenv("SHIMCORE_TEMPLATE", os.environ.get("SHIMCORE_TEST_TEMPLATE", "0"))
+        yield guard
 
 
 @pytest.fixture(scope="session")
@@ -76,26 +45,9 @@ def namespace(leak_guard: Guard) -> str:
 
 
 @pytest.fixture(scope="session")
-def rootfs(session_root: Path) -> Path:
-    """A root filesystem that holds a static busybox and its applets, shared by all containers."""
-    root = session_root / "rootfs"
-    for name in ("bin", "dev", "etc", "proc", "sys", "tmp"):
-        (root / name).mkdir(parents=True)
-    shutil.copy2(BUSYBOX, root / "bin" / "busybox")
-    applets = subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split()
-    for name in applets:
-        if name != "busybox":
-            (root / "bin" / name).symlink_to("busybox")
-    return root
-
-
-@pytest.fixture(scope="session")
-def shim_dir(session_root: Path) -> Path:
+def shim_dir(install_shim: Install) -> Path:
     """A directory that holds an executable containerd-shim-runc-v2-py."""
-    directory = session_root / "bin"
-    command = [sys.executable, "-m", "shimcore.install", "--dest", str(directory)]
-    subprocess.run(command, check=True, cwd=REPO, timeout=120)
-    return directory
+    return Path(install_shim()).parent
 
 
 @pytest.fixture(scope="session")

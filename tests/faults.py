@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +16,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from shimcore.errors import ShimError
 from shimcore.rig import UP, Event, FakeRuntime, Rig, Task
+from shimcore.testing import Install
 from shimcore.ttrpc import Client
 
 REPO = Path(__file__).resolve().parent.parent
@@ -224,15 +223,9 @@ class Lab:
 
 
 @pytest.fixture(scope="session")
-def lab_shim(session_root: Path) -> Path:
+def lab_shim(install_shim: Install) -> Path:
     """The executable of labshim.LabShim."""
-    directory = session_root / "lab"
-    where = os.pathsep.join((str(REPO / "tests" / "trials"), str(REPO)))
-    command = [sys.executable, "-m", "shimcore.install", "--dest", str(directory)]
-    command += ["--runtime-id", "io.containerd.lab.v1", "labshim:LabShim"]
-    env = {**os.environ, "PYTHONPATH": where}
-    subprocess.run(command, check=True, cwd=REPO, timeout=120, env=env, stdout=subprocess.DEVNULL)
-    return directory / "containerd-shim-lab-v1"
+    return Path(install_shim("labshim:LabShim", "io.containerd.lab.v1", REPO / "tests" / "trials"))
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ LAW = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAW) for name in names}
 # Not part of a shim's process.
-OUTSIDE = {"install", "rig", "cli", "ttrpc"}
+OUTSIDE = {"install", "rig", "cli", "ttrpc", "testing"}
 
 MODULES = [
     "address", "bootstrap", "cgroup", "errors", "flags", "logger", "monitor", "mount", "mountinfo", "state", "util",

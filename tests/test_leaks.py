@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaks import CGROUPS, MARKER, Guard
+from shimcore.testing.leaks import CGROUPS, MARKER, Guard
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from shimcore.errors import DeadlineExceeded, InvalidArgument, ShimError, Unknown
 from shimcore.oci import binlog
 from shimcore.rig import Rig, Session
+from shimcore.testing.leaks import state
 from tests.faults import until
-from tests.leaks import state
 
 STOCK = Path("/usr/bin/containerd-shim-runc-v2")
 

@@ -13,17 +13,15 @@ import pytest
 from shimcore import _reaper
 from shimcore.address import remove_socket
 from shimcore.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
-from shimcore.install import install
 from shimcore.rig import Rig, Session
+from shimcore.testing import Install
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "skeleton.py"
 
 
 @pytest.fixture(scope="module")
-def binary(session_root: Path) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE.parent))
-        return install(str(session_root / "skeleton"), runtime_id="io.containerd.skeleton.v1", shim="skeleton:Skeleton")
+def binary(install_shim: Install) -> str:
+    return install_shim("skeleton:Skeleton", "io.containerd.skeleton.v1", EXAMPLE.parent)
 
 
 @pytest.fixture

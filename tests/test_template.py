@@ -22,8 +22,8 @@ import pytest
 
 from shimcore.rig import ActivationError, Rig
 from shimcore.template import SPARES
+from shimcore.testing.leaks import parent, state
 from tests.faults import Later, until
-from tests.leaks import parent, state
 
 REPO = Path(__file__).resolve().parent.parent
 WARM = "warm"

@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from shimcore.testing.leaks import RUNC, Guard
 from tests.containerd.daemon import Containerd, wait_for
-from tests.leaks import RUNC, Guard
 
 STOCK = "io.containerd.runc.v2"
 OURS = "io.containerd.runc.v2-py"

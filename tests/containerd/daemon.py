@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tests.leaks import cmdline, state
+from shimcore.testing.leaks import cmdline, state
 
 T = TypeVar("T")
 

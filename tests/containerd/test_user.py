@@ -6,9 +6,9 @@ import os
 import subprocess
 from pathlib import Path
 
+from shimcore.testing.leaks import Guard
 from tests.containerd.conftest import OURS
 from tests.containerd.daemon import Containerd
-from tests.leaks import Guard
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -12,10 +12,13 @@ runc state  likewise
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +79,14 @@ def _socket_inodes(pid: int) -> set[str]:
     except OSError:
         pass
     return found
+
+
+class Left(Exception):
+    """Something was left behind. `left`: a line each."""
+
+    def __init__(self, left: list[str]) -> None:
+        super().__init__("left behind:\n  " + "\n  ".join(left))
+        self.left = left
 
 
 class Guard:
@@ -205,3 +216,35 @@ def _rmdir(path: Path) -> None:
         path.rmdir()
     except OSError:
         pass
+
+
+@contextlib.contextmanager
+def watched(*roots: Path) -> Iterator[Guard]:
+    """A guard around a block of code, which marks all that is started in it and gives it a temporary directory.
+
+    That directory is the first of the guard's roots, with a path short enough for sockets; `roots` are watched besides. Raises
+    Left at the end when something stays, after removing it.
+    """
+    marker = uuid.uuid4().hex
+    root = Path(tempfile.mkdtemp(prefix="sct-", dir="/tmp"))
+    before = {name: os.environ.get(name) for name in (MARKER, "TMPDIR")}
+    # Whoever makes a temporary directory, the rig included, makes it where mounts are looked for at the end.
+    os.environ[MARKER] = marker
+    os.environ["TMPDIR"] = tempfile.tempdir = str(root)
+    guard = Guard(marker, f"sct-{marker[:8]}", [root, *roots])
+    try:
+        yield guard
+    finally:
+        left = guard.settle()
+        if left:
+            guard.clean()
+        guard.drop_parents()
+        tempfile.tempdir = None
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(root, ignore_errors=True)
+    if left:
+        raise Left(left)
