@@ -1,0 +1,32 @@
+"""The documents' code does what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```\n\nprints\n\n```\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["ttrpc.md"])
+def test_a_program_prints_what_is_said(page: str, tmp_path: Path) -> None:
+    programs = BLOCK.findall((ROOT / "docs" / page).read_text())
+    assert programs
+    for program, printed in programs:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.stderr) == (printed, "")
+
+
+def test_tests_that_are_named_are_there() -> None:
+    page = (ROOT / "docs" / "ttrpc.md").read_text()
+    names = re.findall(r"`(test_\w+)`", page)
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_ttrpc_*.py"))
+    assert names
+    assert [name for name in names if f"def {name}(" not in sources] == []
