@@ -112,6 +112,10 @@ MATRIX ?= v2.4.2
 matrix: build ## the containerd suite under Debian's containerd and newer ones (MATRIX="v2.4.2 …", needs Go); writes docs/matrix.md
 	@$(PY) tools/matrix.py $(MATRIX)
 
+.PHONY: interop
+interop: build ## our ttrpc client and server with Go's and Rust's (needs Go and cargo); writes docs/interop.md
+	@$(PY) tools/interop.py
+
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)
 
