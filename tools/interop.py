@@ -8,7 +8,6 @@ The table goes to docs/interop.md, with what was said where a check has failed.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,14 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.ttrpc.peers import DEBIAN, GO_VERSION, GOPATH, Missing, build_rust, command  # noqa: E402
 from tests.interop.ours import CHECKS, STREAMED  # noqa: E402
 
 SOURCES = ROOT / "tests" / "interop"
 BUILD = ROOT / "build" / "interop"
 PAGE = ROOT / "docs" / "interop.md"
 HANG = 60.0  # seconds
-GO_VERSION = "v1.2.10"
-DEBIAN = "/usr/share/gocode"
 OURS = [sys.executable, "-m", "tests.interop.ours"]
 
 
@@ -38,19 +36,6 @@ calls out of order, which Go's server refuses as ours does.
 """
 
 
-class Missing(Exception):
-    """A peer that can't be built here; the text says why."""
-
-
-def run(folder: Path, *command: str, **env: str) -> str:
-    if not shutil.which(command[0]):
-        raise Missing(f"there is no {command[0]} on PATH")
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
-    if done.returncode:
-        raise Missing(f"{' '.join(command)}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
-    return done.stdout
-
-
 def go(name: str) -> tuple[str, list[str]]:
     folder = BUILD / f"go-{name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,22 +44,19 @@ def go(name: str) -> tuple[str, list[str]]:
     peer = [str(folder / "peer")]
     if name == "head":
         (folder / "go.mod").write_text("module peer\n\ngo 1.24\n")
-        run(folder, "go", "get", f"github.com/containerd/ttrpc@{GO_VERSION}", GOFLAGS="-mod=mod")
-        run(folder, "go", "build", "-o", "peer", ".", GOFLAGS="-mod=mod")
+        command(folder, "go", "get", f"github.com/containerd/ttrpc@{GO_VERSION}", GOFLAGS="-mod=mod")
+        command(folder, "go", "build", "-o", "peer", ".", GOFLAGS="-mod=mod")
         return f"Go {GO_VERSION}", peer
-    if not Path(DEBIAN, "src/github.com/containerd/ttrpc").exists():
+    if not DEBIAN.exists():
         raise Missing("golang-github-containerd-ttrpc-dev is not installed")
-    run(folder, "go", "build", "-o", "peer", "main.go", "version.go", GO111MODULE="off", GOPATH=DEBIAN, GOFLAGS="")
-    version = run(folder, "dpkg-query", "-W", "-f", "${Version}", "golang-github-containerd-ttrpc-dev")
+    command(folder, "go", "build", "-o", "peer", "main.go", "version.go", GO111MODULE="off", GOPATH=GOPATH, GOFLAGS="")
+    version = command(folder, "dpkg-query", "-W", "-f", "${Version}", "golang-github-containerd-ttrpc-dev")
     return f"Go {version.split('-')[0]} (Debian's)", peer
 
 
 def rust(flavour: str) -> tuple[str, list[str]]:
-    folder = BUILD / "rust"
-    shutil.copytree(SOURCES / "rust", folder, dirs_exist_ok=True)
-    run(folder, "cargo", "build", "-q", "--release")
-    found = re.search(r'^name = "ttrpc"\nversion = "(.*)"', (folder / "Cargo.lock").read_text(), re.MULTILINE)
-    return f"Rust {found[1] if found else ''} {flavour}", [str(folder / "target" / "release" / "peer"), flavour]
+    program, version = build_rust()
+    return f"Rust {version} {flavour}", [program, flavour]
 
 
 def checked(server: list[str], client: list[str], check: str) -> str:
@@ -89,8 +71,8 @@ def checked(server: list[str], client: list[str], check: str) -> str:
                     return "the server does not start"
                 while not os.path.exists(path) and serving.poll() is None:  # it says so before it listens
                     pass
-                command = [*client, "call", path, check]
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+                words = [*client, "call", path, check]
+                done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
                 return (done.stdout.strip() or done.stderr.strip() or "nothing was said").splitlines()[-1]
             except subprocess.TimeoutExpired:
                 return "hangs"

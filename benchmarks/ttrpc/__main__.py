@@ -1,4 +1,4 @@
-"""ttrpc servers beside each other under one load generator: ours with an inline Python handler, Go's, and a bare C loop.
+"""ttrpc servers beside each other under one load generator: ours with an inline Python handler, Go's, Rust's, and a bare C loop.
 
     python -m benchmarks.ttrpc [--rounds N] [--ms N] [--sizes 0,1024,65536] [--outstanding 1,8,64] [--places pinned,free]
 
@@ -20,6 +20,7 @@ from statistics import median
 
 from ..exit_latency.place import ROOT, Program
 from .peers import BATCHED, BUILD, FLOOR, GO, compile_c, servers
+from .picture import picture
 
 Cell = tuple[str, int, int]  # place, bytes, outstanding
 Row = dict[str, float]  # rate (rpc/s), p50, p99, cpu (µs)
@@ -88,6 +89,10 @@ def main() -> None:
     }
     print(table(results))
     BUILD.mkdir(parents=True, exist_ok=True)
+    for where in options.places.split(","):
+        here = {cell[1:]: rows for cell, rows in results.items() if cell[0] == where}
+        rates = {cell: {name: row["rate"] for name, row in rows.items()} for cell, rows in here.items()}
+        Path(options.json).with_name(f"ttrpc-bench-{where}.svg").write_text(picture(rates, where))
     flat = [{"place": p, "bytes": s, "outstanding": k, "servers": samples[p, s, k]} for p, s, k in samples]
     Path(options.json).write_text(json.dumps(flat, indent=1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from ..exit_latency.place import CFLAGS, CORE, ROOT
 SOURCES = ROOT / "benchmarks" / "ttrpc"
 BUILD = ROOT / "build" / "ttrpc-peers"
 GO_VERSION = "v1.2.10"
-DEBIAN = Path("/usr/share/gocode/src/github.com/containerd/ttrpc")
+GOPATH = "/usr/share/gocode"
+DEBIAN = Path(GOPATH, "src/github.com/containerd/ttrpc")
 
 OURS, GO, FLOOR, BATCHED = "shimcore", f"Go {GO_VERSION}", "C floor", "C floor, batched"
 
@@ -25,21 +27,23 @@ class Missing(Exception):
 def compile_c(name: str) -> str:
     BUILD.mkdir(parents=True, exist_ok=True)
     out = BUILD / name
-    command = [os.environ.get("CC", "cc"), *CFLAGS, str(SOURCES / "c" / f"{name}.c"), str(CORE / "frame.c"), "-o", str(out)]
-    subprocess.run(command, check=True)
+    compiler = [os.environ.get("CC", "cc"), *CFLAGS, str(SOURCES / "c" / f"{name}.c"), str(CORE / "frame.c"), "-o", str(out)]
+    subprocess.run(compiler, check=True)
     return str(out)
 
 
-def _go(folder: Path, env: dict[str, str], *arguments: str) -> None:
-    done = subprocess.run(["go", *arguments], cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
+def command(folder: Path, *words: str, **env: str) -> str:
+    """What it prints. Raises Missing when it is not there, or fails."""
+    if not shutil.which(words[0]):
+        raise Missing(f"there is no {words[0]} on PATH")
+    done = subprocess.run(words, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
     if done.returncode:
-        raise Missing(f"go {' '.join(arguments)}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+        raise Missing(f"{' '.join(words)}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    return done.stdout
 
 
 def build_go(name: str) -> str:
     """head: from the module proxy; debian: golang-github-containerd-ttrpc-dev, built without modules as Debian builds."""
-    if not shutil.which("go"):
-        raise Missing("there is no go on PATH")
     folder = BUILD / f"go-{name}"
     out = folder / "server"
     source = SOURCES / "go" / name / "main.go"
@@ -50,13 +54,21 @@ def build_go(name: str) -> str:
     if name == "debian":
         if not DEBIAN.exists():
             raise Missing("golang-github-containerd-ttrpc-dev is not installed")
-        _go(folder, {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "GOFLAGS": ""}, "build", "-o", str(out), "main.go")
+        command(folder, "go", "build", "-o", str(out), "main.go", GO111MODULE="off", GOPATH=GOPATH, GOFLAGS="")
     else:
         (folder / "go.mod").write_text("module bench\n\ngo 1.24\n")
-        env = {"GOFLAGS": "-mod=mod"}
-        _go(folder, env, "get", f"github.com/containerd/ttrpc@{GO_VERSION}")
-        _go(folder, env, "build", "-o", str(out), ".")
+        command(folder, "go", "get", f"github.com/containerd/ttrpc@{GO_VERSION}", GOFLAGS="-mod=mod")
+        command(folder, "go", "build", "-o", str(out), ".", GOFLAGS="-mod=mod")
     return str(out)
+
+
+def build_rust() -> tuple[str, str]:
+    """(program, version of the crate `ttrpc`): the peer of the interop checks, which serves the benchmark too."""
+    folder = ROOT / "build" / "interop" / "rust"
+    shutil.copytree(ROOT / "tests" / "interop" / "rust", folder, dirs_exist_ok=True)
+    command(folder, "cargo", "build", "-q", "--release")
+    found = re.search(r'^name = "ttrpc"\nversion = "(.*)"', (folder / "Cargo.lock").read_text(), re.MULTILINE)
+    return str(folder / "target" / "release" / "peer"), found[1] if found else ""
 
 
 def servers() -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -73,4 +85,11 @@ def servers() -> tuple[dict[str, list[str]], dict[str, str]]:
             found[title] = [build_go(name)]
         except Missing as error:
             missing[title] = str(error)
+    try:
+        program, version = build_rust()
+    except Missing as error:
+        missing["Rust"] = str(error)
+    else:
+        for flavour in "sync", "async":
+            found[f"Rust {version} {flavour}"] = [program, flavour]
     return found, missing
