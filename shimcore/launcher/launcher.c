@@ -426,23 +426,26 @@ static _Noreturn void relay(int fd, const char *name)
 #define SYS_close_range 436
 #endif
 
-/* Made with what a template's name says, and nothing else. The lock is held until it listens or has ended. */
-static void start_template(int directory, const char *path, const char *name)
+/* Made with what a template's name says, and nothing else. The lock is held until it listens or has ended: who gets it later than
+ * that has still seen no template, so it looks once more. A connection if there is one by now, else -1. */
+static int start_template(int directory, const char *path, const char *name)
 {
     char file[64];
     struct stat st;
     snprintf(file, sizeof file, "%s.no", name);
     if (fstatat(directory, file, &st, 0) == 0) { /* it has refused itself; the file says why */
         note("refused", file);
-        return;
+        return -1;
     }
     snprintf(file, sizeof file, "%s.lock", name);
     int lock = openat(directory, file, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (lock < 0)
-        return;
-    if (flock(lock, LOCK_EX | LOCK_NB) < 0) { /* somebody starts it */
+        return -1;
+    snprintf(file, sizeof file, "%s.sock", name);
+    int fd = -1;
+    if (flock(lock, LOCK_EX | LOCK_NB) < 0 /* somebody starts it */ || (fd = dial(directory, file)) >= 0) {
         close(lock);
-        return;
+        return fd;
     }
     size_t n = 0;
     for (char **e = environ; *e; e++)
@@ -480,6 +483,7 @@ static void start_template(int directory, const char *path, const char *name)
             ;
     free(env);
     close(lock);
+    return -1;
 }
 
 int main(int argc, char **argv)
@@ -502,10 +506,11 @@ int main(int argc, char **argv)
     snprintf(file, sizeof file, "%s.sock", name);
     int fd = dial(directory, file);
     if (fd < 0) {
-        int e = errno;
-        if (e == ENOENT || e == ECONNREFUSED)
-            start_template(directory, path, name);
-        plain(argc, argv, e == ENOENT || e == ECONNREFUSED ? "no template yet" : strerror(e));
+        if (errno != ENOENT && errno != ECONNREFUSED)
+            plain(argc, argv, strerror(errno));
+        fd = start_template(directory, path, name);
+        if (fd < 0)
+            plain(argc, argv, "no template yet");
     }
     close(directory);
     make_request(argv);

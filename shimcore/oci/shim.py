@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from ..bootstrap import DeleteResult, encode_info
-from ..errors import ShimError
+from ..errors import NotFound, ShimError
 from ..shim import Shim
 from ..util import json_loads, now_ns, read_file_to_str, read_pid_from_file, read_runtime, read_spec
 from .options import Options, from_any, from_bundle
@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..bootstrap import Invocation, StartOpts
+    from ..bootstrap import Flags, Invocation, StartOpts
     from ..publisher import RemotePublisher
     from ..task import Task
 
@@ -93,7 +93,7 @@ class RuncShim(Shim):
             pid = _kill_init(runtime.state_dir(id)) or pid
             _run_delete(runtime, id, os.path.join(bundle, LOG_FILE))
         _umount(os.path.join(bundle, "rootfs"))
-        _remove_dead_socket(bundle)
+        _remove_dead_socket(bundle, self.flags)
         return _told_exit(bundle, id) or DeleteResult(pid, KILLED_STATUS, now_ns())
 
     def shim_info(self, invocation: Invocation) -> bytes:
@@ -259,16 +259,20 @@ def _umount(rootfs: str) -> None:
         _warn("rootfs can't be unmounted", error, rootfs=rootfs)
 
 
-def _remove_dead_socket(bundle: str) -> None:
-    """A shim that was killed leaves its socket; that of a group's living shim answers, and stays."""
-    from ..address import read_address, remove_socket, wait_socket_working
+def _remove_dead_socket(bundle: str, flags: Flags) -> None:
+    """A shim that was killed leaves its socket; that of a group's living shim answers, and stays. A `start` that was killed
+    may have left one before there was an address file."""
+    from ..address import read_address, remove_socket, socket_address, wait_socket_working
 
     try:
-        address = read_address(bundle)
+        try:
+            address = read_address(bundle)
+        except NotFound:
+            address = socket_address(flags.address, flags.namespace, grouping(read_spec(bundle), flags.id))
         if not wait_socket_working(address):
             remove_socket(address)
     except ShimError:
-        pass  # no address file, mostly
+        pass  # no bundle, mostly
     except OSError as error:
         _warn("socket of a dead shim can't be removed", error)
 
