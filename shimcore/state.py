@@ -2,27 +2,20 @@
 
 Two kinds of process have a life: a container's init, and its execs. Theory of the table below:
 
-* A row is an operation or an event, a column a state; a cell is the state after it. An empty cell is refused,
-with the error
-  that `check` makes. Nothing else in the project decides legality, and nothing here does anything about it.
-* Events are not refused by anybody: EXITED comes when the exit is *told*, not when the process dies. Between
-the two State
-  says RUNNING, Delete refuses, and Kill says NotFound, because the process is gone (the exit table knows; see
-  `check_kill`).
-* STOPPED is final but for DELETE. DELETED is no state of a table's entry but the lack of one: every operation
-is NotFound. * A task may be deleted in CREATED, when its start has failed or it was never started; never
-while it runs, since containerd
+* A row is an operation or an event, a column a state; a cell is the state after it. An empty cell is refused, with the error that
+  `check` makes. Nothing else in the project decides legality, and nothing here does anything about it.
+* Events are not refused by anybody: EXITED comes when the exit is *told*, not when the process dies. Between the two State says
+  RUNNING, Delete refuses, and Kill says NotFound, because the process is gone (the exit table knows; see `check_kill`).
+* STOPPED is final but for DELETE. DELETED is no state of a table's entry but the lack of one: every operation is NotFound.
+* A task may be deleted in CREATED, when its start has failed or it was never started; never while it runs, since containerd
   removes the bundle then.
-* PAUSING is PAUSED's waiting room: the freezer takes its time. A failed pause goes back by PAUSE_FAILED. A
-kill is legal in
-  both, and takes effect on thaw; an exec is not, it could not run.
-* Wrong codes hang clients. Kill of what has ended is NotFound: the client then waits for the exit.
-FailedPrecondition means
-  done to it, so it is for what can't happen in this state at all: an exec without a pid yet, a second start.
-* KILL_ALL is Kill with `all`: on a stopped init it is legal, for what its container may have left behind. *
-Resize and CloseIO never depend on the state while the process has not ended: without a console they do
-nothing, and
-  CloseIO may come any number of times.
+* PAUSING is PAUSED's waiting room: the freezer takes its time. A failed pause goes back by PAUSE_FAILED. A kill is legal in both,
+  and takes effect on thaw; an exec is not, it could not run.
+* Wrong codes hang clients. Kill of what has ended is NotFound: the client then waits for the exit. FailedPrecondition means done
+  to it, so it is for what can't happen in this state at all: an exec without a pid yet, a second start.
+* KILL_ALL is Kill with `all`: on a stopped init it is legal, for what its container may have left behind.
+* Resize and CloseIO never depend on the state while the process has not ended: without a console they do nothing, and CloseIO may
+  come any number of times.
 
 Source: the states of containerd's runc shim (init_state.go, exec_state.go) and the rules of its clients.
 """
