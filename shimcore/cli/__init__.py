@@ -203,3 +203,33 @@ def run(arguments: tuple[str, ...]) -> None:
     from ..rig.__main__ import main as rig
 
     sys.exit(rig(["run", *arguments]))
+
+
+@main.command()
+@json_option
+@click.option("--runtime", default="", help="OCI runtime binary; the shim's own choice by default.")
+@click.option("--generation", default="1.6", metavar="VERSION", help="The containerd that starts the shim: 1.6, 1.7 or 2.3.")
+@click.option("--only", multiple=True, metavar="TRIAL", help="Run this trial alone; may be repeated.")
+@click.argument("shim")
+def conform(shim: str, runtime: str, generation: str, only: tuple[str, ...], as_json: bool) -> None:
+    """Try whether SHIM (a path or name) does what containerd expects; see docs/conform.md. Exits with 1 when it does not."""
+    from ..rig import conform as trials
+
+    results = []
+    try:
+        for result in trials.conform(shim, runtime=runtime, only=only, generation=generation):
+            results.append(result)
+            if not as_json:
+                good = result.outcome == trials.PASSED
+                mark = click.style(result.outcome, fg="green" if good else "red")
+                click.echo(f"{mark}  {result.name:18} {result.expects}")
+                for line in result.detail.splitlines():
+                    click.echo(f"          {line}")
+    except (OSError, ValueError) as error:
+        _fail(error)
+    failed = sum(result.outcome == trials.FAILED for result in results)
+    if as_json:
+        _print({"shim": shim, "failed": failed, "trials": [asdict(result) for result in results]})
+    else:
+        click.echo(f"\n{shim}: {len(results) - failed} of {len(results)} passed")
+    sys.exit(failed > 0)
