@@ -116,6 +116,9 @@ class Call(_Threaded[R]):
     def __init__(self, connection: Connection, method: str, response_class: Any, deadline: float | None) -> None:
         super().__init__(connection, method, response_class, deadline)
         self._frame: Frame | None = None
+        # One that had no time to begin with has failed, however quick the peer is.
+        left = self.left()
+        self._hopeless = left is not None and left <= 0
         # Held locked until the outcome is set.
         self._gate = threading.Lock()
         self._gate.acquire()
@@ -135,7 +138,6 @@ class Call(_Threaded[R]):
         connection ended; ResourceExhausted when the answer is too long; Internal for one that does not parse.
         """
         left = self.left()
-        # One that had no time to begin with has failed, however quick the peer was.
         if left is None:
             self._gate.acquire()
             self._gate.release()
@@ -160,8 +162,9 @@ class Call(_Threaded[R]):
     # ---- for the connection, under its lock ----
 
     def take(self, frame: Frame) -> bool:
-        self._frame = frame
-        self._gate.release()
+        if not self._hopeless:
+            self._frame = frame
+            self._gate.release()
         return True
 
     def fail(self, error: Closed) -> None:
