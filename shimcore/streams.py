@@ -115,7 +115,8 @@ class Requests:
         self._ready.over()
 
 
-def _bytes(message: Any) -> bytes:
+def serialized(message: Any, did: str = "sent") -> bytes:
+    """A handler's message; did: what it has done with it."""
     try:
         raw = message.SerializeToString()
         if isinstance(raw, bytes):
@@ -123,7 +124,7 @@ def _bytes(message: Any) -> bytes:
         error: Exception = TypeError("its SerializeToString returns no bytes")
     except Exception as exc:
         error = exc
-    raise Unknown(f"handler sent {type(message).__name__}, not a message: {error}")
+    raise Unknown(f"handler {did} {type(message).__name__}, not a message: {error}")
 
 
 def _blocking(handler: Callable[[Any, Context], Any], request: Any, call: Context) -> None:
@@ -132,7 +133,7 @@ def _blocking(handler: Callable[[Any, Context], Any], request: Any, call: Contex
         raise Unknown(f"handler returned {type(messages).__name__}, not an iterator of messages")
     try:
         for message in messages:
-            call.send(_bytes(message), True)
+            call.send(serialized(message), True)
     finally:
         if hasattr(messages, "close"):
             messages.close()
@@ -145,7 +146,7 @@ async def _awaiting(handler: Callable[[Any, Context], Any], request: Any, call: 
     ready = _Ready(call, WRITABLE)
     try:
         async for message in messages:
-            raw = _bytes(message)
+            raw = serialized(message)
             while not call.send(raw, False):
                 await ready
     finally:

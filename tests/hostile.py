@@ -101,9 +101,6 @@ class Victim:
         yield from requests
 
 
-setattr(Victim, "raise", Victim.raise_)
-
-
 def message(value: bytes) -> bytes:
     return BytesValue(value=value).SerializeToString()
 

@@ -439,6 +439,11 @@ def test_connections_are_bounded_and_fds_come_back(address: str) -> None:
     assert open_fds() == fds
 
 
+def test_a_limit_beyond_the_protocols_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_message 4194305 is more than ttrpc's 4194304"):
+        aio.Server(max_message=4194305)
+
+
 def test_another_user_is_hung_up_on(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         async with await serving(address, Coroutines()):

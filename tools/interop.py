@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ HEAD = """# ttrpc between implementations
 Made by `make interop`. Each cell is a client and a server of their own, over a unix socket. –: that version has no streams.
 
 Known of Rust's: the sync server answers 3 for a method that it does not have, and the async client may send the ids of concurrent
-calls out of order, which Go's server refuses as ours does.
+calls out of order, which Go's server refuses as ours does (last column).
 """
 
 
@@ -69,8 +70,11 @@ def checked(server: list[str], client: list[str], check: str) -> str:
             try:
                 if serving.stdout.readline().strip() != "ok":
                     return "the server does not start"
-                while not os.path.exists(path) and serving.poll() is None:  # it says so before it listens
-                    pass
+                deadline = time.monotonic() + HANG
+                while not os.path.exists(path):  # it says so before it listens
+                    if serving.poll() is not None or time.monotonic() > deadline:
+                        return "the server does not listen"
+                    time.sleep(0.001)
                 words = [*client, "call", path, check]
                 done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
                 return (done.stdout.strip() or done.stderr.strip() or "nothing was said").splitlines()[-1]
@@ -87,14 +91,19 @@ def checked(server: list[str], client: list[str], check: str) -> str:
 def main() -> int:
     columns: dict[str, dict[str, str]] = {}
     notes: list[str] = []
+    peers: dict[str, tuple[str, list[str]]] = {}
     for build, argument in (go, "head"), (go, "debian"), (rust, "sync"), (rust, "async"):
         try:
             name, peer = build(argument)
         except Missing as why:
             print(f"left out: {build.__name__} {argument}: {why}")
             continue
+        peers[argument] = name, peer
         unary_only = argument in ("debian", "sync")
-        for title, server, client in (f"our client, {name}", peer, OURS), (f"{name} client, ours", OURS, peer):
+        pairs = [(f"our client, {name}", peer, OURS), (f"{name} client, ours", OURS, peer)]
+        if argument == "async" and "head" in peers:
+            pairs.append((f"{name} client, {peers['head'][0]}", peers["head"][1], peer))
+        for title, server, client in pairs:
             results = columns.setdefault(title, {})
             for check in CHECKS:
                 results[check] = "–" if unary_only and check in STREAMED else checked(server, client, check)

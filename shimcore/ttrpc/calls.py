@@ -92,29 +92,13 @@ class UnderWay(Generic[R]):
             raise from_code(response.code, response.message)
         return response
 
-    def _heard(self, frame: Frame, server_streams: bool) -> tuple[bytes | None, bool, ShimError | None]:
-        """What a frame says to a stream: a message or None, whether the stream is over, and what it has failed with."""
-        if frame.type == TYPE_DATA and server_streams and not frame.oversize:
-            return None if frame.flags & FLAG_NO_DATA else frame.data, bool(frame.flags & FLAG_REMOTE_CLOSED), None
-        try:
-            payload = self._response(frame).payload
-        except ShimError as error:
-            return None, True, error
-        # Where the server streams, an empty answer says no more than that it is over.
-        return payload if payload or not server_streams else None, True, None
 
-
-class _Threaded(UnderWay[R]):
-    def __init__(self, connection: Connection, method: str, response_class: Any, deadline: float | None) -> None:
-        super().__init__(connection.address, method, response_class, deadline)
-        self._connection = connection
-
-
-class Call(_Threaded[R]):
+class Call(UnderWay[R]):
     """A call with one answer. Any thread may wait for it, or cancel it."""
 
     def __init__(self, connection: Connection, method: str, response_class: Any, deadline: float | None) -> None:
-        super().__init__(connection, method, response_class, deadline)
+        super().__init__(connection.address, method, response_class, deadline)
+        self._connection = connection
         self._frame: Frame | None = None
         # One that had no time to begin with has failed, however quick the peer is.
         left = self.left()
@@ -172,16 +156,22 @@ class Call(_Threaded[R]):
         self._gate.release()
 
 
-class Stream(_Threaded[R]):
-    """A call with messages, of which either side may send many. Sending and receiving may be done on two threads. A context
-    manager, which cancels what is not over. To iterate over it is to receive until the end.
+class _Connection(Protocol):
+    address: str
 
-    The one answer of a method whose server does not stream is received like a message, and is the last one.
-    """
+    def came(self, count: int) -> None: ...
+    def took(self, count: int) -> None: ...
+    def forget(self, exchange: Any) -> None: ...
+
+
+class StreamState(UnderWay[R]):
+    """What a stream is made of, with threads, under its connection's lock, or with asyncio."""
+
+    _connection: _Connection
 
     def __init__(
         self,
-        connection: Connection,
+        connection: _Connection,
         method: str,
         response_class: Any,
         deadline: float | None,
@@ -189,12 +179,91 @@ class Stream(_Threaded[R]):
         client_streams: bool,
         server_streams: bool,
     ) -> None:
-        super().__init__(connection, method, response_class, deadline)
+        super().__init__(connection.address, method, response_class, deadline)
+        self._connection = connection
         self._sends = client_streams
         self._server_streams = server_streams
         self._messages: deque[bytes] = deque()
-        self._ready = threading.Condition(connection.lock)
         self._over = False
+
+    def _changed(self) -> None:
+        """A message has come, or it is over: for whoever waits."""
+        raise NotImplementedError
+
+    def _may_send(self) -> None:
+        if not self._sends:
+            raise FailedPrecondition(f"{self.method}: nothing can be sent: the sending side is closed")
+        if self._error is not None:
+            raise copy.copy(self._error)
+        if self._over:
+            raise FailedPrecondition(f"{self.method}: the server has ended the call")
+
+    def _next(self) -> bytes | None:
+        """A message that has come, or None, the stream being over."""
+        if not self._messages:
+            if self._error is not None:
+                raise copy.copy(self._error)
+            return None
+        raw = self._messages.popleft()
+        self._connection.took(len(raw))
+        return raw
+
+    def _give_up(self, error: ShimError) -> bool:
+        """False: it was over already."""
+        was_over = self._over
+        if not was_over:
+            self._connection.forget(self)
+            self._finish(error)
+        return not was_over
+
+    def _drop(self) -> None:
+        self._connection.took(sum(map(len, self._messages)))
+        self._messages.clear()
+
+    def _finish(self, error: ShimError | None = None) -> None:
+        self._error = error
+        self._over = True
+        self._changed()
+
+    def take(self, frame: Frame) -> bool:
+        if frame.type == TYPE_DATA and self._server_streams and not frame.oversize:
+            if not frame.flags & FLAG_NO_DATA:
+                self._came(frame.data)
+            if frame.flags & FLAG_REMOTE_CLOSED:
+                self._finish()
+            return self._over
+        try:
+            payload = self._response(frame).payload
+        except ShimError as error:
+            self._finish(error)
+        else:
+            # Where the server streams, an empty answer says no more than that it is over.
+            if payload or not self._server_streams:
+                self._came(payload)
+            self._finish()
+        return True
+
+    def _came(self, raw: bytes) -> None:
+        self._messages.append(raw)
+        self._connection.came(len(raw))
+        self._changed()
+
+    def fail(self, error: Closed) -> None:
+        self._finish(error)
+
+
+class Stream(StreamState[R]):
+    """A call with messages, of which either side may send many. Sending and receiving may be done on two threads. A context
+    manager, which cancels what is not over. To iterate over it is to receive until the end.
+
+    The one answer of a method whose server does not stream is received like a message, and is the last one.
+    """
+
+    _connection: Connection
+
+    def __init__(self, connection: Connection, method: str, response_class: Any, deadline: float | None, **sides: bool) -> None:
+        super().__init__(connection, method, response_class, deadline, **sides)
+        self._ready = threading.Condition(connection.lock)
 
     def __enter__(self) -> Self:
         return self
@@ -219,9 +288,9 @@ class Stream(_Threaded[R]):
         """
         raw = serialized(message)
         with self._connection.lock:
-            self._check()
+            self._may_send()
             self._wait(self._connection.room, lambda: not self._connection.full() or self._over)
-            self._check()
+            self._may_send()
             self._connection.send(self, 0, raw)
 
     def close_send(self) -> None:
@@ -240,64 +309,24 @@ class Stream(_Threaded[R]):
         """
         with self._connection.lock:
             self._wait(self._ready, lambda: bool(self._messages) or self._over)
-            if not self._messages:
-                if self._error is not None:
-                    raise copy.copy(self._error)
-                return None
-            raw = self._messages.popleft()
-            self._connection.took(len(raw))
-        return self._parsed(raw)
+            raw = self._next()
+        return None if raw is None else self._parsed(raw)
 
     def cancel(self) -> bool:
         """Give it up: receive() and send() raise Canceled. False: it was over already; messages that came are dropped all the
         same."""
         with self._connection.lock:
-            was_over = self._over
-            if not was_over:
-                self._give_up(Canceled(f"{self.method}: cancelled here"))
+            given_up = self._give_up(Canceled(f"{self.method}: cancelled here"))
             self._drop()
-            return not was_over
+            return given_up
 
     # ---- under the connection's lock ----
 
-    def _check(self) -> None:
-        if not self._sends:
-            raise FailedPrecondition(f"{self.method}: nothing can be sent: the sending side is closed")
-        if self._error is not None:
-            raise copy.copy(self._error)
-        if self._over:
-            raise FailedPrecondition(f"{self.method}: the server has ended the call")
-
     def _wait(self, condition: threading.Condition, holds: Callable[[], bool]) -> None:
         left = self.left()
-        if (left is not None and left <= 0) or not condition.wait_for(holds, left):
-            if not self._over:
-                self._give_up(self.late())
-                self._drop()
+        if ((left is not None and left <= 0) or not condition.wait_for(holds, left)) and self._give_up(self.late()):
+            self._drop()
 
-    def _drop(self) -> None:
-        self._connection.took(sum(map(len, self._messages)))
-        self._messages.clear()
-
-    def _give_up(self, error: ShimError) -> None:
-        self._connection.forget(self)
-        self._finish(error)
-
-    def _finish(self, error: ShimError | None = None) -> None:
-        self._error = error
-        self._over = True
+    def _changed(self) -> None:
         self._ready.notify_all()
         self._connection.room.notify_all()
-
-    def take(self, frame: Frame) -> bool:
-        message, over, error = self._heard(frame, self._server_streams)
-        if message is not None:
-            self._messages.append(message)
-            self._connection.came(len(message))
-            self._ready.notify()
-        if over:
-            self._finish(error)
-        return over
-
-    def fail(self, error: Closed) -> None:
-        self._finish(error)

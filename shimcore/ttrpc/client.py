@@ -72,6 +72,12 @@ class Outgoing:
         except UnicodeEncodeError as error:
             raise InvalidArgument(f"{self.name}: {error}") from None
 
+    def flags(self, client_streams: bool) -> int:
+        """Of the Request's frame."""
+        if not client_streams:
+            return FLAG_REMOTE_CLOSED
+        return FLAG_REMOTE_OPEN | (FLAG_NO_DATA if self.request is None else 0)
+
     def deadline(self) -> float | None:
         """Of time.monotonic(), if the call begins now."""
         return None if self.timeout is None else time.monotonic() + self.timeout
@@ -191,7 +197,7 @@ class Client:
         does not parse.
         """
         outgoing = self._outgoing(service, method, request, response_class, timeout, metadata)
-        answer: R | bytes = self._intercepted(lambda outgoing: self._start(outgoing).result(), outgoing)
+        answer: R | bytes = intercepted(self._interceptors, lambda outgoing: self._start(outgoing).result(), outgoing)
         return answer
 
     @overload
@@ -229,7 +235,7 @@ class Client:
         answered nor cancelled, nor asked for its result, is kept for as long as the connection lives.
         """
         outgoing = self._outgoing(service, method, request, response_class, timeout, metadata)
-        call: Call[Any] = self._intercepted(self._start, outgoing)
+        call: Call[Any] = intercepted(self._interceptors, self._start, outgoing)
         return call
 
     @overload
@@ -281,19 +287,14 @@ class Client:
         Raises Closed; ResourceExhausted when the request is too long.
         """
 
-        def open(outgoing: Outgoing) -> Stream[Any]:
-            def make(connection: Connection, name: str, response_class: Any, deadline: float | None) -> Stream[Any]:
-                kinds = {"client_streams": client_streams, "server_streams": server_streams}
-                return Stream(connection, name, response_class, deadline, **kinds)
-
-            if not client_streams:
-                flags = FLAG_REMOTE_CLOSED
-            else:
-                flags = FLAG_REMOTE_OPEN | (FLAG_NO_DATA if outgoing.request is None else 0)
-            return self._open(outgoing, flags, make)
+        def make(connection: Connection, name: str, response_class: Any, deadline: float | None) -> Stream[Any]:
+            sides = {"client_streams": client_streams, "server_streams": server_streams}
+            return Stream(connection, name, response_class, deadline, **sides)
 
         outgoing = self._outgoing(service, method, request, response_class, timeout, metadata)
-        stream: Stream[Any] = self._intercepted(open, outgoing)
+        stream: Stream[Any] = intercepted(
+            self._interceptors, lambda outgoing: self._open(outgoing, outgoing.flags(client_streams), make), outgoing
+        )
         return stream
 
     def close(self) -> None:
@@ -314,11 +315,6 @@ class Client:
         metadata: MetadataLike,
     ) -> Outgoing:
         return Outgoing(service, method, request, response_class, timeout, self._metadata + pairs(metadata))
-
-    def _intercepted(self, proceed: Proceed, outgoing: Outgoing) -> Any:
-        for interceptor in reversed(self._interceptors):
-            proceed = around(interceptor, proceed)
-        return proceed(outgoing)
 
     def _start(self, outgoing: Outgoing) -> Call[Any]:
         return self._open(outgoing, FLAG_REMOTE_CLOSED, Call)
@@ -357,7 +353,14 @@ class Client:
 _E = TypeVar("_E", Call[Any], Stream[Any])
 
 
-def around(interceptor: Interceptor, proceed: Proceed) -> Proceed:
+def intercepted(interceptors: Iterable[Interceptor], proceed: Proceed, outgoing: Outgoing) -> Any:
+    """What `proceed` returns, with the interceptors around it; the first one is the outermost."""
+    for interceptor in reversed(tuple(interceptors)):
+        proceed = _around(interceptor, proceed)
+    return proceed(outgoing)
+
+
+def _around(interceptor: Interceptor, proceed: Proceed) -> Proceed:
     return lambda outgoing: interceptor(outgoing, proceed)
 
 

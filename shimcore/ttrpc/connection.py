@@ -77,9 +77,7 @@ class Connection:
         with self.lock:
             if self.closed is not None:
                 raise again(self.closed)
-            raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, uid, gid = (int.from_bytes(raw[i : i + 4], sys.byteorder) for i in (0, 4, 8))
-        return pid, uid, gid
+            return credentials(self._socket)
 
     def on_close(self, callback: Callable[[Closed], None]) -> None:
         with self.lock:
@@ -282,6 +280,13 @@ def _unregister(poll: select.poll, fd: int) -> None:
         poll.unregister(fd)
     except KeyError:
         pass
+
+
+def credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of a unix socket's peer."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid, uid, gid = (int.from_bytes(raw[i : i + 4], sys.byteorder) for i in (0, 4, 8))
+    return pid, uid, gid
 
 
 def socket_name(address: str) -> str:

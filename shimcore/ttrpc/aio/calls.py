@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shimcore.errors import Canceled, DeadlineExceeded, Internal, ResourceExhausted, Unknown
+from shimcore.streams import serialized
 from shimcore.ttrpc.codec import Metadata, Request
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Call:
             raise Unknown(f"handler returned {type(result).__name__}, not an asynchronous iterator of messages")
         try:
             async for message in result:
-                await self._send(serialized(message, "sent"))
+                await self._send(serialized(message))
         finally:
             if hasattr(result, "aclose"):
                 await result.aclose()
@@ -204,17 +205,6 @@ class Requests:
         if message is _END:
             raise StopIteration
         return message
-
-
-def serialized(message: Any, did: str) -> bytes:
-    try:
-        raw = message.SerializeToString()
-        if isinstance(raw, bytes):
-            return raw
-        error: Exception = TypeError("its SerializeToString returns no bytes")
-    except Exception as exc:
-        error = exc
-    raise Unknown(f"handler {did} {type(message).__name__}, not a message: {error}")
 
 
 def adapted(handler: Handler, server_streams: bool, pool: ThreadPoolExecutor) -> Handler:

@@ -8,28 +8,23 @@ deadline covers queueing, writing and the answer alike. Messages of streams that
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
-import socket
-import sys
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Self, TypeVar, cast, overload
 
 from shimcore._frames import FrameParser, encode_frame
-from shimcore.errors import Canceled, Closed, FailedPrecondition, ResourceExhausted, ShimError
-from shimcore.ttrpc.calls import MessageLike, UnderWay, serialized
-from shimcore.ttrpc.client import NAMESPACE_KEY, Interceptor, MetadataLike, Outgoing, Parsed, Proceed, around, pairs
+from shimcore.errors import Canceled, Closed, ResourceExhausted, ShimError
+from shimcore.ttrpc.calls import MessageLike, StreamState, UnderWay, serialized
+from shimcore.ttrpc.client import NAMESPACE_KEY, Interceptor, MetadataLike, Outgoing, Parsed, intercepted, pairs
 from shimcore.ttrpc.codec import (
     FLAG_NO_DATA,
     FLAG_REMOTE_CLOSED,
-    FLAG_REMOTE_OPEN,
     MESSAGE_MAX,
     TYPE_DATA,
     TYPE_REQUEST,
     Frame,
 )
-from shimcore.ttrpc.connection import STREAM_ID_MAX, again, socket_name
+from shimcore.ttrpc.connection import STREAM_ID_MAX, again, credentials, socket_name
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Parsed)
@@ -117,6 +112,9 @@ class _Connection(asyncio.Protocol):
             raise ResourceExhausted(f"{method}: {error}") from None
         self.transport.write(frame)
 
+    def forget(self, call: _Call | Stream[Any]) -> None:
+        self.under_way.pop(call.stream_id, None)
+
     def came(self, count: int) -> None:
         self._unread += count
 
@@ -156,7 +154,7 @@ class _Call(UnderWay[Any]):
         try:
             frame = await within(self, wait())
         finally:
-            connection.under_way.pop(self.stream_id, None)
+            connection.forget(self)
         return self._parsed(self._response(frame).payload)
 
 
@@ -177,23 +175,18 @@ async def within(call: UnderWay[Any], wait: Coroutine[Any, Any, T]) -> T:
         raise call.late() from None
 
 
-class Stream(UnderWay[T]):
+class Stream(StreamState[T]):
     """A call with messages, of which either side may send many. An asynchronous context manager, which cancels what is not over.
     To iterate over it is to receive until the end.
 
     The one answer of a method whose server does not stream is received like a message, and is the last one.
     """
 
-    def __init__(
-        self, connection: _Connection, method: str, response_class: Any, deadline: float | None, sends: bool, server_streams: bool
-    ) -> None:
-        super().__init__(connection.address, method, response_class, deadline)
-        self._connection = connection
-        self._sends = sends
-        self._server_streams = server_streams
-        self._messages: deque[bytes] = deque()
-        self._changed = asyncio.Event()
-        self._over = False
+    _connection: _Connection
+
+    def __init__(self, connection: _Connection, method: str, response_class: Any, deadline: float | None, **sides: bool) -> None:
+        super().__init__(connection, method, response_class, deadline, **sides)
+        self._news = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -213,9 +206,9 @@ class Stream(UnderWay[T]):
     async def send(self, message: bytes | MessageLike) -> None:
         """Send one message; waits while the connection has more unsent than its max_unsent. Raises as shimcore.ttrpc.Stream's."""
         raw = serialized(message)
-        self._check()
-        await self._late_gives_up(self._connection.room())
-        self._check()
+        self._may_send()
+        await self._in_time(self._connection.room())
+        self._may_send()
         self._connection.send(self, 0, raw)
 
     async def close_send(self) -> None:
@@ -227,68 +220,27 @@ class Stream(UnderWay[T]):
     async def receive(self) -> T | None:
         """Wait for the next message; None after the last one. Raises as shimcore.ttrpc.Stream.receive."""
         while not self._messages and not self._over:
-            self._changed.clear()
-            await self._late_gives_up(self._changed.wait())
-        if not self._messages:
-            if self._error is not None:
-                raise copy.copy(self._error)
-            return None
-        raw = self._messages.popleft()
-        self._connection.took(len(raw))
-        return self._parsed(raw)
+            self._news.clear()
+            await self._in_time(self._news.wait())
+        raw = self._next()
+        return None if raw is None else self._parsed(raw)
 
     def cancel(self) -> bool:
         """Give it up: receive() and send() raise Canceled. False: it was over already; messages that came are dropped all the
         same."""
-        was_over = self._over
-        if not was_over:
-            self._give_up(Canceled(f"{self.method}: cancelled here"))
+        given_up = self._give_up(Canceled(f"{self.method}: cancelled here"))
         self._drop()
-        return not was_over
+        return given_up
 
-    def _check(self) -> None:
-        if not self._sends:
-            raise FailedPrecondition(f"{self.method}: nothing can be sent: the sending side is closed")
-        if self._error is not None:
-            raise copy.copy(self._error)
-        if self._over:
-            raise FailedPrecondition(f"{self.method}: the server has ended the call")
-
-    async def _late_gives_up(self, wait: Coroutine[Any, Any, Any]) -> None:
+    async def _in_time(self, wait: Coroutine[Any, Any, Any]) -> None:
         try:
             await within(self, wait)
         except ShimError as error:
-            if not self._over:
-                self._give_up(error)
+            if self._give_up(error):
                 self._drop()
 
-    def _give_up(self, error: ShimError) -> None:
-        self._connection.under_way.pop(self.stream_id, None)
-        self._finish(error)
-
-    def _drop(self) -> None:
-        self._connection.took(sum(map(len, self._messages)))
-        self._messages.clear()
-
-    def _finish(self, error: ShimError | None = None) -> None:
-        self._error = error
-        self._over = True
-        self._changed.set()
-
-    # ---- for the connection ----
-
-    def take(self, frame: Frame) -> bool:
-        message, over, error = self._heard(frame, self._server_streams)
-        if message is not None:
-            self._messages.append(message)
-            self._connection.came(len(message))
-            self._changed.set()
-        if over:
-            self._finish(error)
-        return over
-
-    def fail(self, error: Closed) -> None:
-        self._finish(error)
+    def _changed(self) -> None:
+        self._news.set()
 
 
 class Client:
@@ -354,7 +306,7 @@ class Client:
         """(pid, uid, gid) of the process that listened, as it was then (SO_PEERCRED, unix(7)). Raises Closed."""
         if self._connection.closed is not None:
             raise again(self._connection.closed)
-        return credentials(self._connection.transport)
+        return credentials(self._connection.transport.get_extra_info("socket"))
 
     def on_close(self, callback: Callable[[Closed], None]) -> None:
         """Has `callback` called once, before any call fails of it, when the connection ends; at once if it has."""
@@ -401,9 +353,8 @@ class Client:
             call = _Call(self.address, outgoing.name, outgoing.response_class, outgoing.deadline())
             return call.made(connection, FLAG_REMOTE_CLOSED, data)
 
-        return await self._intercepted(
-            proceed, Outgoing(service, method, request, response_class, timeout, self._metadata + pairs(metadata))
-        )
+        outgoing = Outgoing(service, method, request, response_class, timeout, self._metadata + pairs(metadata))
+        return await intercepted(self._interceptors, proceed, outgoing)
 
     @overload
     def stream(
@@ -449,34 +400,16 @@ class Client:
 
         def proceed(outgoing: Outgoing) -> Stream[Any]:
             connection, data = self._connection, outgoing.encode()
-            response_class, deadline = outgoing.response_class, outgoing.deadline()
-            stream = Stream[Any](connection, outgoing.name, response_class, deadline, client_streams, server_streams)
-            if not client_streams:
-                flags = FLAG_REMOTE_CLOSED
-            else:
-                flags = FLAG_REMOTE_OPEN | (FLAG_NO_DATA if outgoing.request is None else 0)
-            connection.open(stream, flags, data)
+            sides = {"client_streams": client_streams, "server_streams": server_streams}
+            stream = Stream[Any](connection, outgoing.name, outgoing.response_class, outgoing.deadline(), **sides)
+            connection.open(stream, outgoing.flags(client_streams), data)
             return stream
 
-        stream: Stream[Any] = self._intercepted(
-            proceed, Outgoing(service, method, request, response_class, timeout, self._metadata + pairs(metadata))
-        )
+        outgoing = Outgoing(service, method, request, response_class, timeout, self._metadata + pairs(metadata))
+        stream: Stream[Any] = intercepted(self._interceptors, proceed, outgoing)
         return stream
 
     async def close(self) -> None:
         """Ends the connection; calls in flight fail with Closed. Idempotent."""
         if self._made is not None:
             await self._made.close()
-
-    def _intercepted(self, proceed: Proceed, outgoing: Outgoing) -> Any:
-        for interceptor in reversed(self._interceptors):
-            proceed = around(interceptor, proceed)
-        return proceed(outgoing)
-
-
-def credentials(transport: asyncio.BaseTransport) -> tuple[int, int, int]:
-    """(pid, uid, gid) of a unix socket's peer."""
-    raw = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, uid, gid = (int.from_bytes(raw[i : i + 4], sys.byteorder) for i in (0, 4, 8))
-    return pid, uid, gid
-

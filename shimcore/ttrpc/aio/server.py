@@ -7,6 +7,7 @@ rules of the wire are those of the compiled server (core/read.c, request.c, stre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import select
@@ -22,7 +23,6 @@ from shimcore._frames import FrameParser, decode_request, encode_frame, encode_r
 from shimcore.address import remove_socket, start_listener
 from shimcore.errors import Internal, InvalidArgument, ResourceExhausted, ShimError, Unavailable, Unimplemented, from_exception
 from shimcore.ttrpc.aio.calls import Call, Context, Handler, Method, Requests, adapted
-from shimcore.ttrpc.aio.client import credentials
 from shimcore.ttrpc.codec import (
     FLAG_NO_DATA,
     FLAG_REMOTE_CLOSED,
@@ -33,6 +33,7 @@ from shimcore.ttrpc.codec import (
     DecodeError,
     Frame,
 )
+from shimcore.ttrpc.connection import credentials
 from shimcore.ttrpc.names import handlers
 
 Interceptor = Callable[[Any, Context, Handler], Any]
@@ -63,8 +64,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(self._server.max_unsent, self._server.max_unsent // 2)
-        self.fd = transport.get_extra_info("socket").fileno()
-        self.peer = credentials(transport)
+        sock = transport.get_extra_info("socket")
+        self.fd = sock.fileno()
+        self.peer = credentials(sock)
         if self._server.check_peer and self.peer[1:] != (os.geteuid(), os.getegid()):
             self.transport.abort()
 
@@ -258,6 +260,8 @@ class Server:
         check_peer: bool = True,
         interceptors: Iterable[Interceptor] = (),
     ) -> None:
+        if max_message > MESSAGE_MAX:  # what core/frame.c writes
+            raise ValueError(f"max_message {max_message} is more than ttrpc's {MESSAGE_MAX}")
         self.max_message = max_message
         self.max_inflight = max_inflight
         self.max_unsent = max_unsent
@@ -335,7 +339,7 @@ class Server:
         await self._quiet(until, lambda: not self._connections)
         for connection in list(self._connections):
             connection.transport.abort()
-        await self._quiet(float("inf"), lambda: not self._connections)
+        await self._quiet(None, lambda: not self._connections)
         if self._hang_ups is not None:
             self.loop.remove_reader(self._hang_ups)
             self._hang_ups.close()
@@ -352,14 +356,13 @@ class Server:
     def loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
-    async def _quiet(self, until: float, holds: Callable[[], bool]) -> None:
-        while not holds():
-            self._settled.clear()
-            try:
-                async with asyncio.timeout_at(min(until, self.loop.time() + 3600)):
+    async def _quiet(self, until: float | None, holds: Callable[[], bool]) -> None:
+        """Wait until it holds, or until that time of the loop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                while not holds():
+                    self._settled.clear()
                     await self._settled.wait()
-            except TimeoutError:
-                return
 
     # ---- for connections ----
 
