@@ -116,6 +116,11 @@ matrix: build ## the containerd suite under Debian's containerd and newer ones (
 interop: build ## our ttrpc client and server with Go's and Rust's (needs Go and cargo); writes docs/interop.md
 	@$(PY) tools/interop.py
 
+.PHONY: bench-info
+bench-info: build ## -info beside that of containerd 2.x's own shim, which `make matrix` builds (PEER=FILE: another)
+	@$(PY) -m shimcore.install --dest build/shim
+	@$(PY) -m benchmarks.info --peer $(or $(PEER),build/matrix/$(lastword $(MATRIX))/bin/containerd-shim-runc-v2) $(ARGS)
+
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)
 

@@ -39,7 +39,11 @@ def _digest(path: str, namespace: str, id: str) -> str:
     joined = os.path.normpath("/".join([part for part in (path, namespace, id) if part]) or ".")
     if joined.startswith("//"):  # POSIX keeps two leading slashes, Go does not
         joined = joined[1:]
-    data = os.fsencode(joined)
+    return sha256_hex(os.fsencode(joined))
+
+
+def sha256_hex(data: bytes) -> str:
+    """Without hashlib where that can be: it loads OpenSSL."""
     try:
         from _sha256 import sha256  # type: ignore[import-not-found, unused-ignore]  # up to 3.11
     except ImportError:

@@ -35,6 +35,7 @@ def leak_guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
         patch.setenv("PYTHONPATH", str(REPO), prepend=os.pathsep)
         # A template outlives those whom it served: the tests that want one have it in a directory of theirs.
         patch.setenv("SHIMCORE_TEMPLATE", os.environ.get("SHIMCORE_TEST_TEMPLATE", "0"))
+        patch.setenv("SHIMCORE_FEATURES_DIR", str(tmp_path_factory.getbasetemp() / "features"))
         yield guard
 
 

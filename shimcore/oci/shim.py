@@ -62,7 +62,7 @@ class RuncShim(Shim):
     @classmethod
     def preload(cls) -> None:
         from ..protos import anys, events_pb2, runc_options_pb2  # noqa: F401
-        from . import service  # noqa: F401
+        from . import features, service  # noqa: F401
 
     def create_task_service(self, publisher: RemotePublisher) -> Task:
         from .service import RuncTask
@@ -97,13 +97,15 @@ class RuncShim(Shim):
         return _told_exit(bundle, id) or DeleteResult(pid, KILLED_STATUS, now_ns())
 
     def shim_info(self, invocation: Invocation) -> bytes:
-        """Name, version, the options as they came in, and what the runtime's `features` says, if it knows
-        that command."""
+        """Name, version, the options as they came in, and what the runtime's `features` says or has said (see features), if it
+        knows that command."""
         from .. import __version__
+        from . import features
 
         options = from_any(*invocation.options) if invocation.options is not None else Options()
-        features = _features(options.binary_name or DEFAULT_BINARY)
-        return encode_info(self.runtime_id, __version__, options=invocation.options, features=features)
+        binary = features.resolve(options.binary_name or DEFAULT_BINARY)
+        said = features.cached(binary, lambda: _features(binary))
+        return encode_info(self.runtime_id, __version__, options=invocation.options, features=said)
 
 
 def _told_exit(bundle: str, id: str) -> DeleteResult | None:
