@@ -2,8 +2,8 @@
 
     python -m benchmarks.info --peer build/matrix/v2.4.2/bin/containerd-shim-runc-v2
 
-containerd 1.6's shim has no -info, so the peer is named; `make matrix` builds one. Both ask the same runtime. Ours is warm (from its
-template, with the features kept) or, with --plain, an interpreter for each; what is timed is from exec to the end of the output.
+containerd 1.6's shim has no -info, so the peer is named; `make matrix` builds one. Both ask the same runtime. Ours is warm (from
+its template, with the features kept) or, with --plain, an interpreter for each; what is timed is from exec to the end of output.
 """
 
 from __future__ import annotations
