@@ -69,6 +69,10 @@ def set_title(args: bytes, env: bytes, name: str) -> None:
 def watch_files(paths: Iterable[str]) -> int:
     """An fd that is readable once one of these files has been written, replaced or removed (inotify). Raises OSError."""
 
+def watch_readers(file: int) -> int:
+    """A non-blocking fd that is readable once somebody, we included, has opened this open file's inode or read from it (inotify).
+    Raises OSError."""
+
 def set_limits(limits: Sequence[tuple[int, int]]) -> None:
     """(soft, hard) of each resource limit, by number, -1 for none; those that differ are set. Raises OSError."""
 

@@ -22,7 +22,7 @@ cdef extern from "<sys/prctl.h>" nogil:
 
 cdef extern from "<sys/inotify.h>" nogil:
     enum:
-        IN_CLOEXEC, IN_NONBLOCK, IN_MODIFY, IN_ATTRIB, IN_DELETE_SELF, IN_MOVE_SELF
+        IN_ACCESS, IN_CLOEXEC, IN_NONBLOCK, IN_MODIFY, IN_OPEN, IN_ATTRIB, IN_DELETE_SELF, IN_MOVE_SELF
     int inotify_init1(int flags)
     int inotify_add_watch(int fd, const char *path, uint32_t mask)
 
@@ -122,6 +122,17 @@ def watch_files(paths):
             error = OSError(errno, os.strerror(errno), path)
             os.close(fd)
             raise error
+    return fd
+
+
+def watch_readers(int file):
+    cdef int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK)
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno), "inotify_init1")
+    if inotify_add_watch(fd, b"/proc/self/fd/%d" % file, IN_ACCESS | IN_OPEN) < 0:
+        error = OSError(errno, os.strerror(errno), "inotify_add_watch")
+        os.close(fd)
+        raise error
     return fd
 
 

@@ -220,6 +220,8 @@ def metrics(about: Debug) -> bytes:
             out.append(f"{family(name, 'gauge', help)}{{{labels}}} {stats[key]}")
     name = family("log_lines_dropped", "counter", "Log lines that nobody read.")
     out.append(f"{name}_total{{{labels}}} {logger.get_logger().dropped}")
+    for name, (help, value) in about.task.counters().items():
+        out.append(f"{family(name, 'counter', help)}_total{{{labels}}} {value}")
     name = family("start_time_seconds", "gauge", "When the shim started, since the epoch.")
     out.append(f"{name}{{{labels}}} {about.started:.3f}")
     name = family("memory_bytes", "gauge", "Memory of the shim's process.")

@@ -90,6 +90,11 @@ class Task:
         on a pool thread while calls are being handled."""
         return {}
 
+    def counters(self) -> dict[str, tuple[str, int]]:
+        """Counters of this service for /metrics: name (`shimcore_` goes before it, `_total` behind) to help text and value.
+        Called as describe is."""
+        return {}
+
     def on_pid(self, pid: int, status: int) -> None:
         """Called on the RPC thread when a child was reaped (not with `native`): status is its code, or 128 + signal."""
 

@@ -24,9 +24,10 @@ def test_a_program_prints_what_is_said(page: str, tmp_path: Path) -> None:
         assert (done.stdout, done.stderr) == (printed, "")
 
 
-def test_tests_that_are_named_are_there() -> None:
-    page = (ROOT / "docs" / "ttrpc.md").read_text()
-    names = re.findall(r"`(test_\w+)`", page)
-    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_ttrpc_*.py"))
+# Page -> where its tests are.
+@pytest.mark.parametrize(("page", "where"), [("ttrpc.md", "test_ttrpc_*.py"), ("stdio.md", "test_oci_*.py")])
+def test_tests_that_are_named_are_there(page: str, where: str) -> None:
+    names = re.findall(r"`(test_\w+)`", (ROOT / "docs" / page).read_text())
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob(where))
     assert names
     assert [name for name in names if f"def {name}(" not in sources] == []

@@ -11,6 +11,7 @@ from ..errors import NotFound, ShimError
 from ..util import mkdir, read_pid_from_file, read_spec, write_options, write_runtime
 from .options import Options, from_any
 from .process import Process, unlink
+from .readers import Lost, Policy, policy_of, spill_folder
 from .runc import INIT_PID_FILE, Runtime, read_log
 
 TYPE_CHECKING = False
@@ -34,11 +35,11 @@ class Container:
     and CloseIO do without: the exit table itself refuses what comes too early or too late."""
 
     __slots__ = (
-        "bundle", "cgroup", "cgroups", "deleted", "execs", "id", "init", "lock", "log_read", "mounted", "namespace",
-        "options", "private_pids", "readings", "ready", "rootfs", "runtime",
+        "bundle", "cgroup", "cgroups", "deleted", "execs", "id", "init", "lock", "log_read", "lost", "mounted", "namespace",
+        "options", "policy", "private_pids", "readings", "ready", "rootfs", "runtime", "spill_folder",
     )  # fmt: skip
 
-    def __init__(self, id: str, namespace: str, bundle: str, init: Process) -> None:
+    def __init__(self, id: str, namespace: str, bundle: str, init: Process, lost: Lost | None = None) -> None:
         self.id = id
         self.namespace = namespace
         self.bundle = bundle
@@ -54,6 +55,9 @@ class Container:
         self.readings: Readings | None = None
         self.private_pids = True
         self.log_read = 0  # bytes of the runtime's log that an error has been made of already
+        self.policy = Policy()  # for output that nobody reads
+        self.lost = Lost(lost)
+        self.spill_folder = ""
         self.ready = False  # Create has been answered with success
         self.deleted: task_pb2.DeleteResponse | None = None
 
@@ -82,7 +86,10 @@ class Container:
         unlink(self.runtime.log)
         write_options(self.bundle, self.options.values())
         write_runtime(self.bundle, self.options.binary_name)
-        self.private_pids = has_private_pids(self.bundle)
+        spec = self._spec()
+        self.private_pids = has_private_pids(spec)
+        self.policy = policy_of(spec)
+        self.spill_folder = spill_folder(self.bundle)
         try:
             self.init.slot.set_ledger(os.path.join(self.bundle, ledger.FILE_NAME))
         except OSError as error:  # its exits are told all the same
@@ -92,6 +99,13 @@ class Container:
             self.mounted = True
             mount.mount_all(mounts, self.rootfs)
         self.init.open_io((self.options.io_uid, self.options.io_gid), self.namespace)
+
+    def _spec(self) -> dict[str, Any]:
+        try:
+            return read_spec(self.bundle)
+        except (OSError, ShimError) as error:
+            logger.warn("config.json of the bundle can't be read", bundle=self.bundle, error=error)
+            return {}
 
     def collect(self) -> int:
         """The pid of the init that was made. Raises OSError, InvalidArgument, Unknown."""
@@ -216,13 +230,11 @@ def own_cgroup(pid: int, found: list[cgroup.Hierarchy], known: dict[str, str]) -
     return directory
 
 
-def has_private_pids(bundle: str) -> bool:
+def has_private_pids(spec: dict[str, Any]) -> bool:
     """Whether init's death takes all other processes with it: config.json asks for a new pid namespace. When
-    that can't be read, the rest are killed to be sure."""
-    try:
-        linux = read_spec(bundle).get("linux")
-        namespaces = linux.get("namespaces") if isinstance(linux, dict) else None
-        return any(isinstance(entry, dict) and entry.get("type") == "pid" and not entry.get("path") for entry in namespaces or [])
-    except (OSError, ShimError, TypeError) as error:
-        logger.warn("config.json of the bundle can't be read", bundle=bundle, error=error)
+    that can't be told, the rest are killed to be sure."""
+    linux = spec.get("linux")
+    namespaces = linux.get("namespaces") if isinstance(linux, dict) else None
+    if not isinstance(namespaces, list):
         return False
+    return any(isinstance(entry, dict) and entry.get("type") == "pid" and not entry.get("path") for entry in namespaces)

@@ -13,6 +13,7 @@ from ..publisher import TOPIC_PAUSED, TOPIC_RESUMED
 from ..task import Task
 from . import runc
 from .container import SIGKILL, Container
+from .readers import Lost
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Control(Task):
         self.core = publisher.core
         self.namespace = publisher.namespace
         self.containers: dict[str, Container] = {}  # those under creation too
+        self.lost = Lost()
         self._meter: Meter | None = None
         # systemd's for containerd. A runtime that finds it makes the container report its readiness, and
         # waits for it.

@@ -18,6 +18,7 @@ from .stdio import Stdio, open_stdio
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .._reaper import Core, Slot
+    from .readers import Lost, Policy, Watch
     from .terminal import ConsoleSocket
 
 # Seconds between two looks at whether what an ended process wrote has been read: the first, and the longest.
@@ -44,6 +45,7 @@ class Process:
         "stdout",
         "terminal",
         "told",
+        "watch",
     )
 
     def __init__(
@@ -59,6 +61,7 @@ class Process:
         self.io: Stdio | None = None
         self.stdin_closed = False
         self.told = jobs.Event()
+        self.watch: Watch | None = None  # on readers that may go
         self.terminal = terminal
         self.console_socket: ConsoleSocket | None = None  # while the runtime makes the process
         self.size: tuple[int, int] | None = None  # width and height that were asked for before there was a terminal
@@ -107,11 +110,17 @@ class Process:
         if self.io is None or not self.io.resize(width, height):
             self.size = (width, height)
 
-    def io_started(self) -> None:
+    def io_started(self, core: Core, policy: Policy, lost: Lost, folder: str = "") -> None:
+        """The process runs. folder: where output goes that nobody reads, if the policy is `spill`."""
         if self.io is not None:
             self.io.started()
             if self.stdin_closed:  # CloseIO came while the runtime was at work
                 self.io.close_stdin()
+            if policy.action != "block" and self.io.streams:
+                from .readers import Watch
+
+                self.watch = Watch(self.io, policy, lost, folder)
+                jobs.Task(core, self.watch.run()).step()
 
     def close_stdin(self) -> None:
         """CloseIO; before Start it is kept for then."""
@@ -121,6 +130,8 @@ class Process:
 
     def close_io(self) -> None:
         self._close_console_socket()
+        if self.watch is not None:
+            self.watch.process_ended()
         if self.io is not None:
             self.io.close()
 
@@ -135,6 +146,8 @@ class Process:
         """The exit was told: whoever waits for it goes on, and the write ends of what has been read are
         closed."""
         self.told.set()
+        if self.watch is not None:
+            self.watch.process_ended()
         if self.io is not None and not self.io.process_ended():
             jobs.Task(core, self._drain(self.io)).step()
 
@@ -152,6 +165,8 @@ class Process:
 
         Programs that it has left behind may hold the terminal open for ever: then until nothing is to be read, twice, since the
         kernel hands a terminal's bytes on by a worker of its own."""
+        if self.watch is not None:
+            await self.watch.finished.within(seconds)
         if self.io is None or not (self.terminal or self.io.logger is not None):
             return
         pause, quiet = DRAIN_FIRST, 0

@@ -54,9 +54,16 @@ class RuncTask(Control):
                     "being_changed": container.lock.locked,
                     "waiting_for_that": len(container.lock.waiting),
                     "execs": list(container.execs),
+                    "output": _output(container),
                 }
                 for container in list(self.containers.values())
             }
+        }
+
+    def counters(self) -> dict[str, tuple[str, int]]:
+        return {
+            "stdio_dropped_bytes": ("Bytes of output that nobody read, thrown away.", self.lost.dropped),
+            "stdio_spilled_bytes": ("Bytes of output that nobody read, kept on disk.", self.lost.spilled),
         }
 
     # --- Create
@@ -70,7 +77,7 @@ class RuncTask(Control):
         stdio.check(request.stdin, request.stdout, request.stderr)
         slot = self.core.open(request.id, _constant_state(request, request.bundle))
         init = Process(slot, request.bundle, request.stdin, request.stdout, request.stderr, terminal=request.terminal)
-        container = Container(request.id, self.namespace, request.bundle, init)
+        container = Container(request.id, self.namespace, request.bundle, init, self.lost)
         slot.cookie = init
         self.containers[request.id] = container
         try:
@@ -115,7 +122,7 @@ class RuncTask(Control):
             raise
         # From here on there is a process, whose exit will be told: nothing below may fail.
         container.ready = True
-        container.init.io_started()
+        container.init.io_started(self.core, container.policy, container.lost, container.spill_folder)
         if not container.private_pids and container.cgroup:
             slot.set_kill_rest(container.cgroup + "/cgroup.procs")
         event = events_pb2.TaskCreate(
@@ -200,7 +207,7 @@ class RuncTask(Control):
                 slot.drop()
                 process.close_io()
         process.spec = b""
-        process.io_started()
+        process.io_started(self.core, container.policy, container.lost)
         slot.set_status(RUNNING)
         event = events_pb2.TaskExecStarted(container_id=container.id, exec_id=process.exec_id, pid=pid)
         slot.announce(TOPIC_EXEC_STARTED, event.DESCRIPTOR.full_name, event.SerializeToString())
@@ -292,6 +299,17 @@ class RuncTask(Control):
         if not self.containers:
             self.exit.signal()
         return empty()
+
+
+def _output(container: Container) -> dict[str, object]:
+    """What becomes, and has become, of output that nobody reads; for the pool."""
+    watches = {process.exec_id: process.watch for process in [container.init, *list(container.execs.values())]}
+    return {
+        "policy": container.policy.action,
+        "dropped_bytes": container.lost.dropped,
+        "spilled_bytes": container.lost.spilled,
+        "unread": {id: gone for id, watch in watches.items() if watch is not None and (gone := watch.gone())},
+    }
 
 
 def _constant_state(request: task_pb2.CreateTaskRequest | task_pb2.ExecProcessRequest, bundle: str) -> bytes:

@@ -63,12 +63,13 @@ def check(stdin: str, stdout: str, stderr: str) -> None:
         parse(stdout)
 
 
-class _Stream:
-    """One FIFO of output: our read end, and our write end, which the process has too."""
+class Stream:
+    """One FIFO of output: our read end, and our write end, which the process has too. name: stdout or stderr."""
 
-    __slots__ = ("read_fd", "write_fd")
+    __slots__ = ("name", "read_fd", "write_fd")
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
+    def __init__(self, name: str, read_fd: int, write_fd: int) -> None:
+        self.name = name
         self.read_fd = read_fd
         self.write_fd = write_fd
 
@@ -82,7 +83,7 @@ class _Stream:
 class Stdio:
     """The open ends for one process. Made by open_stdio on the pool, then owned by the RPC thread."""
 
-    __slots__ = ("_child", "_closed", "_console", "_input", "_output", "_stdin_hold", "_streams", "logger")
+    __slots__ = ("_child", "_closed", "_console", "_input", "_output", "_stdin_hold", "logger", "streams")
 
     def __init__(self) -> None:
         self._child: dict[int, int] = {}  # the child's fd -> ours
@@ -90,7 +91,7 @@ class Stdio:
         self._input = -1
         self._output = -1
         self._console: Console | None = None
-        self._streams: list[_Stream] = []
+        self.streams: list[Stream] = []
         self._stdin_hold = -1
         self.logger: Logger | None = None
         self._closed = False
@@ -101,7 +102,7 @@ class Stdio:
 
     def started(self) -> None:
         """The runtime has ended: the process has its own copies of what only it needs."""
-        kept = [stream.write_fd for stream in self._streams]
+        kept = [stream.write_fd for stream in self.streams]
         for fd in set(self._child.values()):
             if fd not in kept:
                 os.close(fd)
@@ -148,7 +149,7 @@ class Stdio:
             fd, self._output = self._output, -1
             os.close(fd)
         left = False
-        for stream in self._streams:
+        for stream in self.streams:
             if stream.write_fd < 0:
                 continue
             if stream.unread():
@@ -169,16 +170,16 @@ class Stdio:
         self.close_stdin()
         if self._console is not None:
             self._console.close()
-        owned = [stream.write_fd for stream in self._streams]
+        owned = [stream.write_fd for stream in self.streams]
         for fd in (self._input, self._output):
             if fd >= 0 and fd not in owned:
                 os.close(fd)
         self._input = self._output = -1
-        for stream in self._streams:
+        for stream in self.streams:
             if stream.write_fd >= 0:
                 os.close(stream.write_fd)
             os.close(stream.read_fd)
-        self._streams = []
+        self.streams = []
         if self.logger is not None:
             self.logger.close()
 
@@ -250,7 +251,7 @@ class Stdio:
             except BaseException:
                 os.close(read_fd)
                 raise
-            self._streams.append(_Stream(read_fd, write_fd))
+            self.streams.append(Stream("stdout" if number == 1 else "stderr", read_fd, write_fd))
             self._child[number] = write_fd
             if owner != (0, 0):
                 os.fchown(write_fd, *owner)
