@@ -19,6 +19,7 @@ cdef extern from "core/process.h" nogil:
         size_t nfds
         bint new_session
         bint new_group
+        bint dies_with_thread
     enum:
         SC_AT_FORK, SC_AT_CHDIR, SC_AT_FDS, SC_AT_EXEC
     int sc_kernel_check()

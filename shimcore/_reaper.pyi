@@ -207,9 +207,11 @@ class Core:
         cwd: str | None = None,
         fds: Mapping[int, int] | None = None,
         cookie: Any = None,
+        dies_with_thread: bool = False,
     ) -> Job:
         """Start a runtime call. Of 0, 1 and 2 those not in fds: 0 is /dev/null, 1 and 2 are captured together up to cap bytes.
-        At the deadline (timeout, seconds) its process group is SIGKILLed. Ends as a NOTE_JOB."""
+        At the deadline (timeout, seconds) its process group is SIGKILLed. dies_with_thread: the kernel SIGKILLs the process when
+        the calling thread ends, and so when this process is killed (PR_SET_PDEATHSIG). Ends as a NOTE_JOB."""
     def timer(self, seconds: float, cookie: Any) -> None: ...
     def post(self, callable: Any) -> None: ...
     def ask_fd(self, fd: int) -> None:

@@ -686,8 +686,11 @@ cdef class Core:
             r = sc_watch_pid(self.p, pid)
         checked(r, "pidfd_open")
 
-    def job(self, argv, *, double timeout, size_t cap=65536, env=None, cwd=None, fds=None, cookie=None):
+    def job(
+        self, argv, *, double timeout, size_t cap=65536, env=None, cwd=None, fds=None, cookie=None, bint dies_with_thread=False
+    ):
         cdef SpawnArgs s = spawn_args(argv, env, cwd, fds, False, True)
+        s.a.dies_with_thread = dies_with_thread
         cdef Job j = Job()
         cdef sc_job *p
         cdef int err = 0, at = 0

@@ -135,7 +135,9 @@ class _RunJob(Op):
         self._kwargs = kwargs
 
     def begin(self, task: Task) -> bool:
-        task.core.job(*self._args, cookie=task, **self._kwargs)
+        # Stepped on the RPC thread, which lives as long as the shim: a runtime that outlived its shim would make a container
+        # when `delete` has been, and nobody would know of it.
+        task.core.job(*self._args, cookie=task, dies_with_thread=True, **self._kwargs)
         return False
 
 

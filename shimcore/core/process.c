@@ -196,6 +196,7 @@ int sc_peek_pid(pid_t pid)
 struct child {
     const sc_spawn_args *a;
     sigset_t mask_before;
+    pid_t parent;
     struct rlimit nofile;
     bool set_nofile;
     int error, at; /* written by the child, read by us after it has exec'd or ended */
@@ -266,6 +267,13 @@ IN_CHILD static int child_main(void *arg)
         setsid();
     else if (a->new_group)
         setpgid(0, 0);
+    c->at = SC_AT_FORK;
+    if (a->dies_with_thread) {
+        if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0)
+            goto failed;
+        if (getppid() != c->parent) /* it died before that */
+            _exit(127);
+    }
     c->at = SC_AT_CHDIR;
     if (a->cwd && chdir(a->cwd) < 0)
         goto failed;
@@ -293,7 +301,7 @@ pid_t sc_spawn(const sc_spawn_args *args, int *pidfd, int *at)
     sc_spawn_args a = *args;
     if (!a.envp)
         a.envp = environ;
-    struct child c = {.a = &a, .nofile = nofile_before, .set_nofile = nofile_raised, .at = SC_AT_FORK};
+    struct child c = {.a = &a, .parent = getpid(), .nofile = nofile_before, .set_nofile = nofile_raised, .at = SC_AT_FORK};
     *pidfd = -1;
     size_t size = 65536 + a.nfds * sizeof(int);
     size = (size + 4095) & ~(size_t)4095;

@@ -41,6 +41,7 @@ typedef struct {
     const sc_fd_map *fds;
     size_t nfds;
     bool new_session, new_group;
+    bool dies_with_thread; /* SIGKILLed when the thread that makes it ends (PR_SET_PDEATHSIG, prctl(2)), and so with its process */
 } sc_spawn_args;
 
 /* What failed, beside the errno. */

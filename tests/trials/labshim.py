@@ -130,6 +130,11 @@ def sleep(task: LabTask, seconds: float) -> None:
 
 
 @offered
+def chdir(task: LabTask, path: str) -> None:
+    os.chdir(path)
+
+
+@offered
 def log_to(task: LabTask, path: str) -> int:
     """The log goes there from now on; how many lines the one before has dropped."""
     return logger.set_logger(logger.Logger(path)).dropped

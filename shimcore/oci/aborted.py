@@ -1,0 +1,97 @@
+"""What a runtime leaves when it is killed in the middle of `create`, and its own `delete` does not find.
+
+A runtime writes its state when init waits for `start`. Before, it has made a directory for that state, cgroups, and an init that
+ends when its parent does, unless it runs a hook; `runc delete --force` then removes the directory alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .. import cgroup, logger
+from .._reaper import pidfd_open, pidfd_send_signal
+from ..errors import ShimError
+from ..util import read_spec
+
+SIGKILL = 9
+# The files that make a state: runc's and youki's, crun's.
+STATE_FILES = ("state.json", "status")
+# Rounds of SIGKILL, each followed by a wait of at most so many seconds for the deaths: new processes come while we list.
+ROUNDS = 10
+DEATH_TIMEOUT = 0.2
+
+
+def is_half_made(state_dir: str) -> bool:
+    """Whether a runtime has begun a container there and not come to the end of `create`."""
+    return os.path.isdir(state_dir) and not any(os.path.exists(os.path.join(state_dir, name)) for name in STATE_FILES)
+
+
+def clear_cgroups(bundle: str) -> None:
+    """Kill what is in the cgroups that config.json names, and remove them. Logged, never raised: other work remains to be done.
+
+    Only where linux.cgroupsPath is absolute; a systemd scope (slice:prefix:name) goes when it is empty."""
+    try:
+        linux = read_spec(bundle).get("linux")
+        path = linux.get("cgroupsPath") if isinstance(linux, dict) else None
+        parts = path.split("/") if isinstance(path, str) else []
+        if len(parts) < 2 or parts[0] or not any(parts) or ".." in parts:
+            return
+        found = cgroup.hierarchies()
+        own = set(cgroup.paths("self", found).values())
+        for top in {hierarchy.mountpoint for hierarchy in found}:
+            directory = os.path.normpath(f"{top}/{path}")
+            if directory in own or not os.path.isdir(directory):
+                continue
+            try:
+                _clear(directory)
+            except OSError as error:
+                logger.warn("a cgroup of a container that was not created can't be removed", cgroup=directory, error=error)
+    except (OSError, ShimError) as error:
+        logger.warn("cgroups of a container that was not created are not known", bundle=bundle, error=error)
+
+
+def _clear(directory: str) -> None:
+    for _ in range(ROUNDS):
+        try:
+            pids = cgroup.cgroup_procs(directory)
+        except ShimError:  # it has gone
+            return
+        _kill(pids, directory)
+        for path, _, _ in os.walk(directory, topdown=False):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # busy: somebody is dying in it still, or new there
+                last = error
+                break
+        else:
+            return
+    raise last
+
+
+def _kill(pids: list[int], directory: str) -> None:
+    """Kill those that are in the cgroup, and wait for their deaths."""
+    from select import POLLIN, poll
+
+    fds: dict[int, int] = {}
+    try:
+        for pid in pids:
+            try:
+                fds[pid] = pidfd_open(pid)
+            except OSError:
+                pass
+        # Listed again: a pid that has become a stranger's since is not in there.
+        still = cgroup.cgroup_procs(directory) if fds else []
+        for pid, fd in fds.items():
+            if pid in still:
+                try:
+                    pidfd_send_signal(fd, SIGKILL)
+                except OSError:
+                    continue
+                poller = poll()
+                poller.register(fd, POLLIN)
+                poller.poll(DEATH_TIMEOUT * 1000)
+    finally:
+        for fd in fds.values():
+            os.close(fd)
