@@ -9,6 +9,7 @@ from .. import cgroup, jobs, ledger, logger, mount
 from .._reaper import pidfd_open, pidfd_send_signal
 from ..errors import NotFound, ShimError
 from ..util import mkdir, read_pid_from_file, read_spec, write_options, write_runtime
+from .meter import Readings
 from .options import Options, from_any
 from .process import Process, unlink
 from .readers import Lost, Policy, policy_of, spill_folder
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..protos import task_pb2
-    from .stats import Readings
 
 SIGKILL = 9
 # How often SIGKILL for all goes round: a fork bomb makes new ones while we list.
@@ -36,7 +36,7 @@ class Container:
 
     __slots__ = (
         "bundle", "cgroup", "cgroups", "deleted", "execs", "id", "init", "lock", "log_read", "lost", "mounted", "namespace",
-        "options", "policy", "private_pids", "readings", "ready", "rootfs", "runtime", "spill_folder",
+        "options", "pid_readings", "policy", "private_pids", "readings", "ready", "rootfs", "runtime", "spill_folder",
     )  # fmt: skip
 
     def __init__(self, id: str, namespace: str, bundle: str, init: Process, lost: Lost | None = None) -> None:
@@ -52,7 +52,8 @@ class Container:
         self.runtime = Runtime(self.options, namespace, bundle)
         self.cgroup = ""  # directory of init's cgroup, "" when it could not be learnt
         self.cgroups: dict[str, str] = {}  # for Stats: controller ("": v2) to directory, those at the top of a mount left out
-        self.readings: Readings | None = None
+        self.readings = Readings()  # of Stats
+        self.pid_readings = Readings()
         self.private_pids = True
         self.log_read = 0  # bytes of the runtime's log that an error has been made of already
         self.policy = Policy()  # for output that nobody reads
@@ -160,6 +161,11 @@ class Container:
             process.slot.cookie = None
         self.execs.clear()
 
+    def known_pids(self) -> list[int]:
+        """Those of init and the execs that live. On the RPC thread."""
+        slots = [process.slot for process in (self.init, *self.execs.values())]
+        return [slot.pid for slot in slots if slot.pid > 0 and slot.exited_at == 0]
+
     # --- for the pool, at any time
 
     def runtime_log(self) -> bytes:
@@ -167,22 +173,18 @@ class Container:
         log, self.log_read = read_log(self.runtime.log, self.log_read)
         return log
 
-    def pids(self) -> list[int]:
-        """Every process of the container. Never empty once there was an init: the cgroup may have gone or be
-        unreadable, and containerd takes a shim without pids for a leaked one and removes the task, exit
-        status and all."""
-        found = self._listed()
-        if not found:
-            # A copy: the RPC thread goes on meanwhile.
-            slots = [process.slot for process in [self.init, *list(self.execs.values())]]
-            found = [slot.pid for slot in slots if slot.pid > 0 and slot.exited_at == 0] or [self.init.slot.pid]
-        return found
+    def listed(self) -> list[int]:
+        """Every process in the container's cgroup; empty when it is not known, has gone or is unreadable."""
+        try:
+            return cgroup.cgroup_procs(self.cgroup) if self.cgroup else []
+        except (OSError, ShimError):
+            return []
 
     def signal_all(self, signum: int) -> int:
         """Signal every process of the cgroup; how many were. For SIGKILL until none is new."""
         seen: set[int] = set()
         for _ in range(KILL_ROUNDS if signum == SIGKILL else 1):
-            fresh = [pid for pid in self._listed() if pid not in seen]
+            fresh = [pid for pid in self.listed() if pid not in seen]
             if not fresh:
                 break
             seen.update(fresh)
@@ -192,12 +194,6 @@ class Container:
     def signal_one(self, pid: int, signum: int) -> None:
         """Signal a process if it is one of this container's."""
         self._signal([pid], signum)
-
-    def _listed(self) -> list[int]:
-        try:
-            return cgroup.cgroup_procs(self.cgroup) if self.cgroup else []
-        except (OSError, ShimError):
-            return []
 
     def _signal(self, pids: list[int], signum: int) -> None:
         fds: dict[int, int] = {}
@@ -209,7 +205,7 @@ class Container:
                     continue
             # A pid may have been given to a stranger between the list and pidfd_open: one that is listed
             # again has not.
-            still = set(self._listed())
+            still = set(self.listed())
             for pid, fd in fds.items():
                 if pid in still:
                     try:

@@ -7,12 +7,13 @@ import os
 
 from .. import jobs, state
 from .._reaper import DROPPED, OPENED, PAUSED, PAUSING, RESERVED, RUNNING, TOLD
-from ..errors import InvalidArgument, NotFound, ShimError, Unknown
+from ..errors import DeadlineExceeded, InvalidArgument, NotFound, ShimError, Unknown
 from ..protos import anys, events_pb2, runc_options_pb2, task_pb2
 from ..publisher import TOPIC_PAUSED, TOPIC_RESUMED
 from ..task import Task
 from . import runc
 from .container import SIGKILL, Container
+from .meter import Meter
 from .readers import Lost
 
 TYPE_CHECKING = False
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .._reaper import ExitSignal, JobResult, Slot
     from .._ttrpc import Context
     from ..publisher import RemotePublisher
-    from .stats import Meter
 
 SIGNAL_MAX = 64
 
@@ -65,7 +65,7 @@ class Control(Task):
         self.namespace = publisher.namespace
         self.containers: dict[str, Container] = {}  # those under creation too
         self.lost = Lost()
-        self._meter: Meter | None = None
+        self._meter = Meter(self.core)
         # systemd's for containerd. A runtime that finds it makes the container report its readiness, and
         # waits for it.
         os.environ.pop("NOTIFY_SOCKET", None)
@@ -103,7 +103,12 @@ class Control(Task):
 
     async def pids(self, request: task_pb2.PidsRequest, context: Context) -> task_pb2.PidsResponse:
         container = self.container(request.id)
-        pids = await jobs.in_pool(container.pids)
+        listed, now = await self._meter.read(container.pid_readings, context.remaining, container.listed)
+        # A list of before is no answer: its numbers may be others' by now. Nor is one that was begun before a Start all of it.
+        pids = list(listed) if now else []
+        pids += [pid for pid in container.known_pids() if pid not in pids]
+        # Never none: containerd takes a shim without pids for a leaked one, and removes the task, exit status and all.
+        pids = pids or [container.init.slot.pid]
         execs = {process.slot.pid: exec_id for exec_id, process in container.execs.items() if process.slot.pid > 0}
         response = task_pb2.PidsResponse()
         for pid in pids:
@@ -177,11 +182,13 @@ class Control(Task):
         container = self.container(request.id)
         if not container.cgroups:
             raise NotFound(f"no cgroup of container {container.id} is known")
-        if self._meter is None:
-            from .stats import Meter
+        from .stats import measure
 
-            self._meter = Meter(self.core)
-        url, value = await self._meter.read(container, context.remaining)
+        # What stalls is answered from the last reading.
+        found, _ = await self._meter.read(container.readings, context.remaining, measure, container.cgroups)
+        if found is None:
+            raise DeadlineExceeded(f"the cgroup files of {container.id} could not be read in time")
+        url, value = found
         response = task_pb2.StatsResponse()
         response.stats.type_url, response.stats.value = url, value
         return response

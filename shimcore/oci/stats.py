@@ -8,19 +8,13 @@ Sources: Documentation/admin-guide/cgroup-v1/*.rst and cgroup-v2.rst of the kern
 from __future__ import annotations
 
 import os
-import time
-
-from .. import jobs
-from ..errors import DeadlineExceeded
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any
 
-    from .._reaper import Core
     from ..protos import metrics_v1_pb2, metrics_v2_pb2
-    from .container import Container
 
 NO_LIMIT = (1 << 64) - 1
 USER_HZ_NS = 10_000_000  # cpuacct.stat counts hundredths of a second, whatever the kernel's own tick
@@ -37,64 +31,6 @@ def measure(cgroups: Mapping[str, str]) -> tuple[str, bytes]:
     if set(cgroups) == {""}:
         return "io.containerd.cgroups.v2.Metrics", v2(cgroups[""]).SerializeToString()
     return "io.containerd.cgroups.v1.Metrics", v1(cgroups).SerializeToString()
-
-
-# Seconds that Stats waits for the files; when they are not read by then, the reading before is the answer.
-TIMEOUT = 0.5
-
-
-class Readings:
-    """What Stats knows of one container: the last reading, and the one under way. RPC thread only."""
-
-    __slots__ = ("began", "error", "last", "under_way")
-
-    def __init__(self) -> None:
-        self.last: tuple[str, bytes] | None = None
-        self.error: BaseException | None = None
-        self.under_way: jobs.Event | None = None
-        self.began = 0.0
-
-
-class Meter:
-    """Reads cgroups in the pool, one at a time for the whole shim: a kernel that stalls holds one thread, no more."""
-
-    __slots__ = ("_core", "_lock")
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._lock = jobs.Lock()
-
-    async def read(self, container: Container, remaining: float | None) -> tuple[str, bytes]:
-        """(type URL, message) of now, or the last reading when there is none of now within TIMEOUT.
-
-        remaining: seconds that the caller has, if it is in a hurry. Raises DeadlineExceeded when there is no earlier one either,
-        and what `measure` raises."""
-        seconds = TIMEOUT if remaining is None else min(max(remaining, 0.0), TIMEOUT)
-        readings = container.readings
-        if readings is None:
-            readings = container.readings = Readings()
-        under_way = readings.under_way
-        if under_way is None:
-            under_way = readings.under_way = jobs.Event()
-            readings.began = time.monotonic()
-            jobs.Task(self._core, self._measure(container.cgroups, readings, under_way)).step()
-        elif readings.last is not None and time.monotonic() - readings.began > TIMEOUT:
-            return readings.last  # it has stalled: nobody else waits for it
-        if await under_way.within(seconds) and readings.error is not None:
-            raise readings.error
-        if readings.last is None:
-            raise DeadlineExceeded(f"the cgroup files of {container.id} could not be read within {seconds:g} s")
-        return readings.last
-
-    async def _measure(self, cgroups: Mapping[str, str], readings: Readings, done: jobs.Event) -> None:
-        try:
-            async with self._lock:
-                readings.last = await jobs.in_pool(measure, cgroups)
-            readings.error = None
-        except BaseException as error:
-            readings.error = error
-        readings.under_way = None
-        done.set()
 
 
 # --- files

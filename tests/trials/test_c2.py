@@ -1,4 +1,4 @@
-"""Trials C1, C7, C10, and what is left by a Create that is cut short. Each says what would turn it red."""
+"""Trials C1, C2, C7, C10, and what is left by a Create that is cut short. Each says what would turn it red."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shimcore.errors import Closed, DeadlineExceeded, NotFound, ShimError
 from shimcore.rig import FakeRuntime, Rig, Session, Task, bundle
 from shimcore.rig.leaks import alive
 from shimcore.ttrpc import Client
-from tests.faults import Lab, Later, until
+from tests.faults import Lab, Later, together, until
 
 
 @pytest.fixture
@@ -64,6 +64,24 @@ def known(task: Task) -> bool:
     except NotFound:
         return False
     return True
+
+
+# red: Pids without `within`: all hang; without its look at a reading that has stalled: each takes its time, two hold the pool
+def test_C2_pids_while_the_kernel_stalls(lab: Lab, tmp_path: Path) -> None:
+    box, other = lab.box("c2"), lab.box("c2-other")
+    exec_pid = box.exec("e")
+    os.mkfifo(tmp_path / "cgroup.procs")  # its reader waits for a writer
+    lab.call("set_cgroup", id="c2", path=str(tmp_path))
+    for answer in together(*[box.task.pids] * 20, timeout=20):
+        assert answer == {box.pid: "", exec_pid: "e"}
+    assert other.pid in other.task.pids()
+    beside = lab.box("c2-beside", ["@exit", "4"])
+    assert beside.status() == 4 and beside.delete() == 4
+    with open(tmp_path / "cgroup.procs", "w") as kernel:
+        kernel.write(f"{box.pid}\n4242\n")
+    (tmp_path / "cgroup.procs").unlink()
+    (tmp_path / "cgroup.procs").write_text(f"{box.pid}\n4243\n")
+    until(lambda: set(box.task.pids()) == {box.pid, exec_pid, 4243})
 
 
 # red: an address relative to where the daemon was started
