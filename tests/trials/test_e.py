@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shimcore.errors import Unknown
-from shimcore.rig import Rig, Session
-from tests.faults import FULL, Lab, scale, until
+from shimcore.rig import DOWN, UP, Rig, Session
+from tests.faults import FULL, Lab, Later, scale, until
 
 
 @pytest.fixture
@@ -60,6 +60,51 @@ def test_E2_a_reader_that_comes_late(rig: Rig, tmp_path: Path) -> None:
     with open(paths[1]) as reader:
         assert reader.read().split() == [str(number) for number in range(1, 5001)]
     container.delete()
+
+
+# red: block: our read end left out: the container gets SIGPIPE; drop, spill: `lost` never begun: Wait does not answer
+@pytest.mark.parametrize("policy", ["block", "drop", "spill"])
+def test_E3_output_while_containerd_is_away(rig: Rig, tmp_path: Path, policy: str) -> None:
+    """Megabytes to nobody: the policy holds, the shim's memory stays, and the exit is told on containerd's return."""
+    count = scale(600_000, 6_000_000)
+    wanted = "".join(f"{number}\n" for number in range(1, count + 1)).encode()
+    annotation = {} if policy == "block" else {"io.shimcore.stdio": f"{policy},after=0.2,max={1 << 28}"}
+    container = rig.container(["sh", "-c", f"seq 1 {count}; exit 9"], annotations=annotation)
+    paths = fifos(tmp_path)
+    create(container, paths)
+    first = os.open(paths[1], os.O_RDONLY | os.O_NONBLOCK)
+    container.start()
+    pieces: list[bytes] = []
+    until(lambda: pieces.append(_read(first)) or pieces[-1])
+    os.close(first)
+    read = sum(map(len, pieces))
+    rig.events.set_mode(DOWN)
+    container.reconnect()
+    before = private(container.shim_pid)
+    if policy == "block":
+        # It waits in its write, and a reader that comes gets all that follows.
+        assert container.task.state().status == 2  # RUNNING
+        reading = Later(lambda: Path(paths[1]).read_bytes())
+        assert container.wait(timeout=120) == 9
+        rest = reading.result(60)
+        assert len(rest) == len(wanted) - read and wanted.endswith(rest)
+    else:
+        assert container.wait(timeout=120) == 9
+    assert private(container.shim_pid) - before < 2048
+    if policy == "spill":
+        kept = container.bundle.work / "stdout.spill"
+        # What is in the FIFO at the end follows when it has been looked at.
+        until(lambda: kept.stat().st_size == len(wanted) - read)
+        assert wanted.endswith(kept.read_bytes())
+    rig.events.set_mode(UP)
+    assert rig.events.wait("/tasks/exit", container=container.id, timeout=60).message.exit_status == 9
+    container.delete(timeout=60)
+
+
+def private(pid: int) -> int:
+    """kB."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 # red: our read end left out: the container gets SIGPIPE
