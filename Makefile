@@ -121,6 +121,10 @@ bench-info: build ## -info beside that of containerd 2.x's own shim, which `make
 	@$(PY) -m shimcore.install --dest build/shim
 	@$(PY) -m benchmarks.info --peer $(or $(PEER),build/matrix/$(lastword $(MATRIX))/bin/containerd-shim-runc-v2) $(ARGS)
 
+.PHONY: wheels
+wheels: deps ## build wheels with zig and try them (ARGS="--suite trixie": with that Debian's interpreters too)
+	@$(PY) tools/wheels.py $(ARGS)
+
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)
 

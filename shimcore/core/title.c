@@ -8,7 +8,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/prctl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>

@@ -302,7 +302,7 @@ static void make_request(char **argv)
     put_number(getppid());
     for (int i = 0; i < LIMITS; i++) {
         struct rlimit r = {0, 0};
-        getrlimit((__rlimit_resource_t)i, &r);
+        getrlimit(i, &r);
         put_number((int64_t)r.rlim_cur);
         put_number((int64_t)r.rlim_max);
     }
