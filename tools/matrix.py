@@ -13,28 +13,7 @@ import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "matrix"
-MODULE = "github.com/containerd/containerd/v2"
-COMMANDS = ("containerd", "ctr", "containerd-shim-runc-v2")
-
-
-def build(version: str) -> Path:
-    """The directory of a containerd built from its Go module. Raises CalledProcessError."""
-    folder = BUILD / version
-    binaries = folder / "bin"
-    if all((binaries / name).exists() for name in COMMANDS):
-        return binaries
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "go.mod").write_text("module matrix\n\ngo 1.24\n")
-    imports = "\n".join(f'\t_ "{MODULE}/cmd/{name}"' for name in COMMANDS)
-    (folder / "tools.go").write_text(f"//go:build tools\n\npackage matrix\n\nimport (\n{imports}\n)\n")
-    for command in (["get", f"{MODULE}@{version}"], ["mod", "tidy"]):
-        subprocess.run(["go", *command], cwd=folder, check=True)
-    for name in COMMANDS:
-        arguments = ["build", "-tags", "no_btrfs,no_devmapper,no_zfs", "-o", str(binaries / name), f"{MODULE}/cmd/{name}"]
-        subprocess.run(["go", *arguments], cwd=folder, check=True, env={**os.environ, "CGO_ENABLED": "0"})
-    return binaries
+from gobuild import BUILD, ROOT, build
 
 
 def run(binaries: Path | None) -> tuple[str, dict[str, dict[str, str]]]:
