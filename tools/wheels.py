@@ -48,12 +48,16 @@ exec chroot "$root" "$@"
 """
 
 PROBE = """
-import json, sys, sysconfig
+import json, os, sys, sysconfig
 get = sysconfig.get_config_var
+try:
+    glibc = os.confstr("CS_GNU_LIBC_VERSION")
+except (OSError, ValueError):
+    glibc = None  # musl knows no such name
 print(json.dumps({
     "version": "%d.%d" % sys.version_info[:2], "full": sys.version.split()[0], "tag": sys.implementation.cache_tag,
     "suffix": get("EXT_SUFFIX"), "include": sysconfig.get_path("include"), "triple": get("MULTIARCH") or "",
-    "free": bool(get("Py_GIL_DISABLED")), "name": sys.implementation.name, "pre": sys.version_info.releaselevel != "final",
+    "free": bool(get("Py_GIL_DISABLED")), "name": sys.implementation.name, "glibc": glibc, "arch": os.uname().machine,
 }))
 """
 
@@ -115,11 +119,11 @@ class Interpreter:
 
     @property
     def libc(self) -> str:
-        return "musl" if "musl" in self.facts["suffix"] else "gnu"
+        return "gnu" if self.facts["glibc"] else "musl"
 
     @property
     def arch(self) -> str:
-        return next((arch for arch in MACHINES if arch in self.facts["suffix"]), "")
+        return self.facts["arch"]
 
     def run(self, *arguments: str | Path, **options: object) -> str:
         return run(*inside(self.root), self.path, *arguments, **options)  # type: ignore[arg-type]
@@ -240,8 +244,10 @@ def build(source: Path, one: Interpreter, target: Target) -> Path:
         run(tools / "wheel", "pack", "--dest-dir", raw, opened)
         (wheel,) = raw.glob("*.whl")
     path = f"{tools}:{os.environ['PATH']}"
-    run(tools / "auditwheel", "repair", "--plat", target.plat, "--wheel-dir", raw / "ready", wheel, env={"PATH": path})
+    run(tools / "auditwheel", "repair", "--plat", "auto", "--wheel-dir", raw / "ready", wheel, env={"PATH": path})
     (ready,) = (raw / "ready").glob("*.whl")
+    if target.plat not in ready.name:
+        raise Failed(f"auditwheel finds it to be {ready.name}")
     return Path(shutil.move(ready, DIST / ready.name))
 
 
@@ -275,9 +281,9 @@ def look(wheel: Path, target: Target) -> str:
 
 def try_it(wheel: Path, one: Interpreter) -> str:
     """Installs it into a new environment and runs the smoke tests; what they counted. Raises Failed."""
+    plat = next(target.plat for target in TARGETS if (target.arch, target.libc) == (one.arch, one.libc))
     run(TOOLS / "bin/python", "-m", "pip", "download", "-q", "--only-binary=:all:", "--no-deps", "-d", WORK / "needs",
-        "--python-version", one.facts["version"], "--platform", f"manylinux2014_{one.arch}", "--platform", "any",
-        "protobuf>=5.29,<8")  # fmt: skip
+        "--python-version", one.facts["version"], "--platform", plat, "--platform", "any", "protobuf>=5.29,<8")  # fmt: skip
     venv = WORK / "venv"
     shutil.rmtree(venv, ignore_errors=True)
     try:
@@ -341,6 +347,7 @@ def made(source: Path, all_of_them: list[Interpreter], targets: list[Target]) ->
                 row.note = reason(user, target)
                 if not row.note:
                     counted(try_it(wheel, user), row)
+                    row.note = "; ".join(filter(None, ["" if user is one else f"tried by {user.name}", row.note]))
             except Failed as error:
                 good = False
                 row.note = f"FAILED: {str(error).splitlines()[0]}"
@@ -349,7 +356,7 @@ def made(source: Path, all_of_them: list[Interpreter], targets: list[Target]) ->
 
 
 def table(rows: list[Row]) -> str:
-    head = ("interpreter", "target", "wheel", "smoke tests", "what was not done, and why")
+    head = ("interpreter", "target", "wheel", "smoke tests", "by what; what was not done, and why")
     lines = [head, *((row.interpreter, row.target, row.wheel, row.tried, row.note) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
