@@ -110,7 +110,13 @@ bench-ttrpc: build ## ttrpc servers under one load: ours with a Python handler, 
 
 MATRIX ?= v1.7.35 v2.1.9 v2.4.2
 matrix: build ## the containerd suite under Debian's containerd and newer ones (MATRIX="v2.4.2 …", needs Go); writes docs/matrix.md
+	@tools/deps containernetworking-plugins
 	@$(PY) tools/matrix.py $(MATRIX)
+
+.PHONY: cri
+cri: build ## pods through CRI, by crictl, under the containerds of the matrix (needs Go)
+	@tools/deps containernetworking-plugins
+	@$(PY) tools/matrix.py --cri $(MATRIX)
 
 .PHONY: interop
 interop: build ## our ttrpc client and server with Go's and Rust's (needs Go and cargo); writes docs/interop.md

@@ -1,7 +1,8 @@
 """The containerd suite under several containerds: `make matrix`. Writes docs/matrix.md.
 
 Debian's containerd is taken as it is installed; a newer one is built from its Go module, below build/matrix. "stock" is the
-shim that comes with that containerd, "ours" is containerd-shim-runc-v2-py.
+shim that comes with that containerd, "ours" is containerd-shim-runc-v2-py. `make cri` runs the tests of pods alone (--cri), and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -13,46 +14,89 @@ import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-from gobuild import BUILD, ROOT, build
+from gobuild import BUILD, CRICTL, ROOT, build, crictl
+
+# What the parameter of a test says: whose shim, and whether the shim is the pod's sandbox.
+SIDES = ("stock", "ours")
+SANDBOX = ("ours-sandbox",)
+
+# version, and test -> side -> "passed", "failed" or "skipped"
+Column = tuple[str, dict[str, dict[str, str]]]
 
 
-def run(binaries: Path | None) -> tuple[str, dict[str, dict[str, str]]]:
-    """(version, test -> side -> "passed", "failed" or "skipped") of the suite under one containerd."""
+def run(binaries: Path | None, tests: str) -> Column:
+    """The suite, or a file of it, under one containerd."""
     path = os.environ["PATH"] if binaries is None else f"{binaries}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path}
     said = subprocess.run(["containerd", "--version"], capture_output=True, text=True, env=env, check=True).stdout
+    print(said, flush=True)
     report = BUILD / "report.xml"
     BUILD.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/containerd", f"--junitxml={report}"], cwd=ROOT, env=env)
+    subprocess.run([sys.executable, "-m", "pytest", "-q", tests, f"--junitxml={report}"], cwd=ROOT, env=env)
     found: dict[str, dict[str, str]] = {}
     for case in xml.parse(report).iter("testcase"):
         name, _, side = case.get("name", "").rstrip("]").partition("[")
-        if side not in ("stock", "ours"):
+        if side not in SIDES + SANDBOX:
             continue
         kinds = {child.tag for child in case}
-        result = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found.setdefault(name, {})[side] = result
+        result = "failed" if kinds & {"failure", "error"} else "–" if "skipped" in kinds else "passed"
+        results = found.setdefault(name, {})
+        # A test whose teardown fails is in the report twice.
+        results[side] = "failed" if "failed" in (result, results.get(side)) else result
     return re.sub(r"[~+].*|^v", "", said.split()[2]), found
 
 
-def main() -> int:
-    columns = [run(None), *(run(build(version)) for version in sys.argv[1:])]
-    head = [f"{version}, {side}" for version, _ in columns for side in ("stock", "ours")]
+def table(columns: list[Column], tests: list[str], sides: tuple[str, ...], prefix: str = "test_") -> str:
+    head = [f"{version}, {side.partition('-')[0]}" for version, _ in columns for side in sides]
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    for name in columns[0][1]:
-        cells = [found.get(name, {}).get(side, "–") for _, found in columns for side in ("stock", "ours")]
-        lines.append(f"| {name.removeprefix('test_').replace('_', ' ')} | {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    (ROOT / "docs" / "matrix.md").write_text(f"""# Under which containerd
+    for name in tests:
+        cells = [found.get(name, {}).get(side, "–") for _, found in columns for side in sides]
+        lines.append(f"| {name.removeprefix(prefix).replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    only_cri = "--cri" in sys.argv
+    crictl()
+    versions = [build(one) for one in sys.argv[1:] if one != "--cri"]
+    tests = "tests/containerd/test_cri.py" if only_cri else "tests/containerd"
+    columns = [run(binaries, tests) for binaries in (None, *versions)]
+    names = list(dict.fromkeys(name for _, found in columns for name in found))
+    pods = [name for name in names if name.startswith("test_cri_")]
+    newer = [one for one in columns if any(results.get(SANDBOX[0], "–") != "–" for results in one[1].values())]
+    plain = table(columns, [name for name in names if name not in pods], SIDES)
+    cri = table(columns, pods, SIDES, "test_cri_")
+    sandbox = table(newer, pods, SANDBOX, "test_cri_")
+    if only_cri:
+        print(cri, "\nThe shim as the sandbox:\n", sandbox, sep="\n")
+    else:
+        text = PAGE.format(plain=plain, cri=cri, sandbox=sandbox, crictl=CRICTL)
+        (ROOT / "docs" / "matrix.md").write_text(text)
+        print(text)
+    ours = [results.get(side) for _, found in columns for results in found.values() for side in ("ours", *SANDBOX)]
+    return int("failed" in ours)
+
+
+PAGE = """# Under which containerd
 
 Made by `make matrix`: the suite in `tests/containerd`, under Debian's containerd and under newer ones built from their Go
 module, with the shim that comes with each (stock) and with ours. A cell says what one run has seen.
 
-{table}
-""")
-    print(table)
-    return any(result == "failed" for _, found in columns for sides in found.values() if (result := sides.get("ours")))
+{plain}
 
+## Pods through CRI
+
+The same, asked for by crictl {crictl} through containerd's CRI plugin, as a kubelet does (`make cri` alone). The
+machine's cgroups are version 1 with a version 2 mount beside it.
+
+{cri}
+
+## The shim as the sandbox
+
+With `sandboxer = "shim"` of containerd 2: the pod is made through the shim's Sandbox service, and has no pause container.
+
+{sandbox}
+"""
 
 if __name__ == "__main__":
     sys.exit(main())
