@@ -131,6 +131,10 @@ bench-info: build ## -info beside that of containerd 2.x's own shim, which `make
 wheels: deps ## build wheels with zig and try them (ARGS="--suite trixie": with that Debian's interpreters too)
 	@$(PY) tools/wheels.py $(ARGS)
 
+.PHONY: churn
+churn: build ## thousands of short lives with calls given up at random, about 5 minutes (ARGS="--count N --seed S", --help)
+	@$(PY) tools/churn.py $(ARGS)
+
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)
 

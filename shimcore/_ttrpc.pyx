@@ -344,6 +344,7 @@ cdef class Server:
                 if work & SC_WORK_NOTES or (work & SC_WORK_CALLS and sc_has_notes(self.core.p)):
                     for n in self.core.take():
                         self.note(n)
+                    n = None  # else the last one keeps its call, and that its connection, until the next comes
                 if work & SC_WORK_CALLS:
                     while True:
                         k = sc_server_next(self.s)

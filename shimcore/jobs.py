@@ -55,6 +55,9 @@ class Task:
                 self._end(end.value, None)
                 return
             except BaseException as exc:  # SystemExit of a handler must not end the thread
+                # An error whose traceback holds this frame, and this frame the error, would live until a collection, and with it
+                # the handler's context and its connection.
+                error = None
                 self._end(None, exc)
                 return
             value = error = None
@@ -179,8 +182,8 @@ class _InPool(Op):
             try:
                 value = fn(*args)
             except BaseException as exc:
-                error = exc
-                task.core.post(lambda: task.step(None, error))
+                # By default, not in a cell: this frame, which the traceback holds, must not hold the error.
+                task.core.post(lambda error=exc: task.step(None, error))
             else:
                 task.core.post(lambda: task.step(value))
 

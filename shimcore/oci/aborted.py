@@ -21,15 +21,14 @@ ROUNDS = 10
 DEATH_TIMEOUT = 0.2
 
 
-def is_half_made(state_dir: str) -> bool:
-    """Whether a runtime has begun a container there and not come to the end of `create`."""
-    return os.path.isdir(state_dir) and not any(os.path.exists(os.path.join(state_dir, name)) for name in STATE_FILES)
+def clear_half_made(state_dir: str, bundle: str) -> None:
+    """If a runtime has begun a container there and not come to the end of `create`: kill what is in the cgroups that config.json
+    names, and remove them. Before the runtime's `delete`, which removes what this is known by.
 
-
-def clear_cgroups(bundle: str) -> None:
-    """Kill what is in the cgroups that config.json names, and remove them. Logged, never raised: other work remains to be done.
-
-    Only where linux.cgroupsPath is absolute; a systemd scope (slice:prefix:name) goes when it is empty."""
+    Only where linux.cgroupsPath is absolute; a systemd scope (slice:prefix:name) goes when it is empty. Logged, never raised:
+    other work remains to be done."""
+    if not os.path.isdir(state_dir) or any(os.path.exists(os.path.join(state_dir, name)) for name in STATE_FILES):
+        return
     try:
         linux = read_spec(bundle).get("linux")
         path = linux.get("cgroupsPath") if isinstance(linux, dict) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from .. import jobs
+from ..errors import Unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Readings:
 
     def __init__(self) -> None:
         self.last: Any = None
-        self.error: BaseException | None = None
+        self.error = ""  # why the last reading failed
         self.under_way: jobs.Event | None = None
         self.began = 0.0
 
@@ -46,7 +47,7 @@ class Meter:
         """(what fn(*args) says, True), or (the last reading, or None, False) when it does not say it within TIMEOUT.
 
         A reading that is under way is waited for, not repeated; once it has stalled, nobody waits who has an earlier one.
-        remaining: seconds that the caller has, if it is in a hurry. Raises what fn raises."""
+        remaining: seconds that the caller has, if it is in a hurry. Raises Unknown when fn has raised."""
         seconds = TIMEOUT if remaining is None else min(max(remaining, 0.0), TIMEOUT)
         under_way = readings.under_way
         if under_way is None:
@@ -57,16 +58,16 @@ class Meter:
             return readings.last, False
         if not await under_way.within(seconds):
             return readings.last, False
-        if readings.error is not None:
-            raise readings.error
+        if readings.error:
+            raise Unknown(readings.error)
         return readings.last, True
 
     async def _read(self, readings: Readings, done: jobs.Event, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         try:
             async with self._lock:
                 readings.last = await jobs.in_pool(fn, *args)
-            readings.error = None
-        except BaseException as error:
-            readings.error = error
+            readings.error = ""
+        except Exception as error:  # kept as text: an error holds its frames, and they their connection
+            readings.error = str(error) or type(error).__name__
         readings.under_way = None
         done.set()

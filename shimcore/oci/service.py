@@ -14,7 +14,7 @@ from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, Sh
 from ..protos import events_pb2, task_pb2
 from ..publisher import TOPIC_CREATE, TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXEC_STARTED, TOPIC_START
 from . import runc, stdio
-from .aborted import clear_cgroups, is_half_made
+from .aborted import clear_half_made
 from .container import SIGKILL, Container
 from .control import Control, empty, state_of
 from .process import ExecFiles, Process, check_id, exec_spec
@@ -138,16 +138,13 @@ class RuncTask(Control):
         return pid
 
     async def _uncreate(self, container: Container, called: bool) -> None:
-        half_made = False
         if called:
-            half_made = await jobs.in_pool(is_half_made, container.runtime.state_dir(container.id))
+            await jobs.in_pool(clear_half_made, container.runtime.state_dir(container.id), container.bundle)
             try:
                 argv = container.runtime.delete(container.id, force=True)
                 await jobs.run_job(argv, timeout=runc.DELETE_TIMEOUT, cap=runc.OUTPUT_CAP)
             except OSError as error:
                 logger.warn("the runtime can't be started", id=container.id, error=error)
-        if half_made:
-            await jobs.in_pool(clear_cgroups, container.bundle)
         await jobs.in_pool(container.unprepare)
 
     async def _end_if_unused(self) -> None:
@@ -273,7 +270,10 @@ class RuncTask(Control):
                 argv = container.runtime.delete(container.id, force=True)
                 result = await self.run(context, runc.DELETE_TIMEOUT, argv)
                 if result.status != 0:
-                    raise error
+                    try:
+                        raise error
+                    finally:
+                        del error  # its traceback holds this frame
         await jobs.in_pool(container.unmount)
         await container.init.drained(DRAIN_TIMEOUT)
         container.close_io()

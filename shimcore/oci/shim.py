@@ -87,17 +87,15 @@ class RuncShim(Shim):
             pid = read_pid_from_file(os.path.join(bundle, INIT_PID_FILE))
         except (OSError, ShimError):
             pid = 0
-        from .aborted import clear_cgroups, is_half_made
+        from .aborted import clear_half_made
 
         # Without its state the runtime has nothing to delete, and is not asked: it has been done by the shim,
         # mostly.
         state_dir = runtime.state_dir(id)
         if os.path.isdir(state_dir):
-            half_made = is_half_made(state_dir)
+            clear_half_made(state_dir, bundle)
             pid = _kill_init(state_dir) or pid
             _run_delete(runtime, id, os.path.join(bundle, LOG_FILE))
-            if half_made:
-                clear_cgroups(bundle)
         _umount(os.path.join(bundle, "rootfs"))
         _remove_dead_socket(bundle, self.flags)
         return _told_exit(bundle, id) or DeleteResult(pid, KILLED_STATUS, now_ns())

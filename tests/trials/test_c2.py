@@ -13,6 +13,7 @@ import pytest
 
 from shimcore.address import DEBUG_SUFFIX
 from shimcore.errors import Closed, DeadlineExceeded, NotFound, ShimError
+from shimcore.protos import types_pb2
 from shimcore.rig import FakeRuntime, Rig, Session, Task, bundle
 from shimcore.rig.leaks import alive
 from shimcore.ttrpc import Client
@@ -82,6 +83,51 @@ def test_C2_pids_while_the_kernel_stalls(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "cgroup.procs").unlink()
     (tmp_path / "cgroup.procs").write_text(f"{box.pid}\n4243\n")
     until(lambda: set(box.task.pids()) == {box.pid, exec_pid, 4243})
+    box.task.kill(9, "e")  # the fake runtime makes no pid namespace that would take it with init
+    assert box.status("e") == 137
+
+
+# red: an exception kept by its own traceback, in `step`, `work` or a handler: context and connection live until a collection
+def test_C5_a_call_that_failed_keeps_no_connection(lab: Lab) -> None:
+    box = lab.box("c5")
+    made = lab.box("c5-made", create=False)
+    made.deleted = True
+    box.exec("done", ["@exit", "1"])
+    box.status("done")
+    ended = lab.box("c5-ended", ["@exit", "2"])
+    ended.status()
+    options = lab.rig.options
+    mounts = [types_pb2.Mount(type="bind", source="/there/is/none")]
+    calls: dict[str, Callable[[Task], object]] = {
+        "no such container": lambda task: Task(task.client, "nobody").pids(),
+        "the runtime fails": lambda task: Task(task.client, "c5-made").create(str(made.bundle), options=options),
+        "a mount fails": lambda task: Task(task.client, "c5-made").create(str(made.bundle), rootfs=mounts, options=options),
+        "an exec fails": lambda task: task.start("fails"),
+        "started twice": lambda task: task.start(),
+        "delete fails": lambda task: Task(task.client, "c5-ended").delete(),
+        "delete of what runs": lambda task: task.delete(),
+        "update fails": lambda task: task.update({}),
+        "pause fails": lambda task: task.pause(),
+    }
+    for command in ("create", "exec", "update", "pause", "delete"):
+        for id in ("c5", "c5-made", "c5-ended"):
+            lab.runtime.rule(command, "begin log no", "begin exit 1", id=id)
+    box.exec("fails", start=False)
+    lab.process()
+    before = lab.process()["fds"]
+    kept = []
+    for name, call in calls.items():
+        with lab.connect() as client, pytest.raises(ShimError):
+            call(Task(client, "c5"))
+        try:
+            until(lambda: lab.process()["fds"] <= before, 5)  # noqa: B023
+        except AssertionError:
+            kept.append(name)
+            before = lab.process()["fds"]
+    assert kept == []
+    for command in ("create", "exec", "update", "pause", "delete"):
+        for id in ("c5", "c5-made", "c5-ended"):
+            lab.runtime.forget(command, id=id)
 
 
 # red: an address relative to where the daemon was started
@@ -184,7 +230,7 @@ class Hooked:
         os.close(self._fd)
 
 
-# red: as above; and `delete` without clear_cgroups: runc has no state to find cgroups and processes by
+# red: as above; and `delete` without clear_half_made: runc has no state to find cgroups and processes by
 @pytest.mark.parametrize("hook", ["prestart", "createRuntime", "createContainer"])
 def test_C12_the_shim_dies_while_runc_creates(rig: Rig, tmp_path: Path, hook: str) -> None:
     hooked = Hooked(rig, tmp_path, hook)
@@ -200,7 +246,7 @@ def test_C12_the_shim_dies_while_runc_creates(rig: Rig, tmp_path: Path, hook: st
     assert not list(rig.root.glob("runc/*/*"))
 
 
-# red: _uncreate without clear_cgroups
+# red: _uncreate without clear_half_made
 @pytest.mark.parametrize("hook", ["createRuntime", "createContainer"])
 def test_C3_a_create_that_takes_too_long_leaves_nothing(rig: Rig, tmp_path: Path, hook: str) -> None:
     hooked = Hooked(rig, tmp_path, hook, timeout=0.5)
