@@ -1,4 +1,4 @@
-# cython: language_level=3, freethreading_compatible=True, binding=False, embedsignature=False
+# cython: language_level=3, freethreading_compatible=False, binding=False, embedsignature=False
 """See _reaper.pyi. Every call into the core lets the interpreter's lock go first: nobody waits for a core lock holding it."""
 
 from cpython.exc cimport PyErr_CheckSignals

@@ -1,4 +1,4 @@
-# cython: language_level=3, freethreading_compatible=True, binding=False, embedsignature=False
+# cython: language_level=3, freethreading_compatible=False, binding=False, embedsignature=False
 """See _ttrpc.pyi. The thread in Server.run holds the interpreter's lock only while it steps handlers."""
 
 cimport cython
