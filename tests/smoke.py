@@ -92,6 +92,17 @@ def pips_shim(root: Path) -> None:
     assert "io.containerd.runc.v2-py" in run(str(console_script()), "-v")
 
 
+def shimcore_command(root: Path) -> None:
+    path = Path(sysconfig.get_path("scripts")) / "shimcore"
+    if not path.exists():
+        raise Skip(f"there is no {path}: not installed by pip")
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    if importlib.util.find_spec("click"):
+        assert done.returncode == 0 and shimcore.__version__ in done.stdout, done
+    else:  # it is in the extra `cli`
+        assert done.returncode == 1 and "pip install" in done.stderr and done.stderr.count("\n") == 1, done
+
+
 def installed_shim(root: Path) -> Path:
     path = root / "bin" / NAME
     if not path.exists():
@@ -177,8 +188,8 @@ def life_under_runc(root: Path) -> None:
 
 
 CHECKS: list[Callable[[Path], None]] = [
-    public_names, compiled_modules, files, bytecode, pips_shim, install_command, life_under_pips_shim, life_under_the_launcher,
-    life_under_the_template, life_under_runc,
+    public_names, compiled_modules, files, bytecode, pips_shim, shimcore_command, install_command, life_under_pips_shim,
+    life_under_the_launcher, life_under_the_template, life_under_runc,
 ]  # fmt: skip
 
 

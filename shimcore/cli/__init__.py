@@ -12,7 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("the command shimcore needs click: pip install 'shimcore[cli]'")
 
 from .. import __version__
 from ..errors import ShimError
