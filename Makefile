@@ -42,7 +42,7 @@ build: deps ## compile the C core and its two modules in place
 build/.built: setup.py $(CORE) $(HEADERS) $(CYTHON) $(PROGRAMS)
 	@mkdir -p build
 	@echo "compiling the core and its modules"
-	$(PY) setup.py -q build_clib build_ext --inplace
+	$(if $(CI),SHIMCORE_WERROR=1) $(PY) setup.py -q build_clib build_ext --inplace
 	@touch $@
 
 run: build ## run a real container under our shim, without containerd, and say what happened

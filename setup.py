@@ -25,7 +25,7 @@ PROGRAMS = {
 # Empty, as a source file's own #define would have it: a different value would be a warning.
 MACROS = [("_GNU_SOURCE", "")]
 FLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread", "-fPIC"]
-if os.environ.get("CI") or os.environ.get("SHIMCORE_WERROR") == "1":
+if os.environ.get("SHIMCORE_WERROR") == "1":  # not by CI: that may be anybody's, with a compiler that we have not seen
     FLAGS.append("-Werror")
 
 
