@@ -76,6 +76,9 @@ def watch_readers(file: int) -> int:
 def set_limits(limits: Sequence[tuple[int, int]]) -> None:
     """(soft, hard) of each resource limit, by number, -1 for none; those that differ are set. Raises OSError."""
 
+def bound_malloc() -> None:
+    """Two arenas at most for glibc's malloc (mallopt(3)): the exit thread's, and one for all others. Elsewhere nothing."""
+
 def set_death_signal(signum: int) -> None:
     """The signal that this process gets when the thread that made it ends (PR_SET_PDEATHSIG); 0: none."""
 

@@ -108,6 +108,10 @@ def set_title(bytes args, bytes env, str name):
     checked(sc_set_title(args, len(args), env, len(env), name.encode()), "prctl")
 
 
+def bound_malloc():
+    sc_bound_malloc()
+
+
 def set_death_signal(int signum):
     if prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0) < 0:
         raise OSError(errno, os.strerror(errno), "prctl")

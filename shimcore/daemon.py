@@ -16,7 +16,7 @@ from .errors import DeadlineExceeded, Unavailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from .bootstrap import StartOpts
 
@@ -31,12 +31,13 @@ _MESSAGE_MAX = 65536
 
 
 class Warm:
-    """In a fork of the template: who ran the shim, and, once `spawn` was called, the daemon that this process is to become."""
+    """In a fork that acts (forked.py): who ran the shim; once `spawn` was called, the daemon that this process is to become."""
 
-    __slots__ = ("address", "arguments", "caller", "environ", "listener")
+    __slots__ = ("address", "arguments", "bound", "caller", "environ", "listener")
 
-    def __init__(self, caller: int) -> None:
+    def __init__(self, caller: int, bound: Callable[[str, float], None] | None = None) -> None:
         self.caller = caller
+        self.bound = bound  # told the address, and spawn's ready_timeout
         self.listener = -1
         self.address = ""
         self.arguments: list[str] = []
@@ -110,8 +111,8 @@ def spawn(
     """Make the daemon that serves this container, or find the one that does; write the file `address`; return (pid, address).
 
     grouping: what stands for the id in the socket's name, so that one daemon serves a whole group; "" is opts.id. vars: more
-    environment for the daemon. pid is 0 when a live daemon was found under the address. In a fork of the warm template it is this
-    process's own, which becomes the daemon when start_shim has returned.
+    environment for the daemon. pid is 0 when a live daemon was found under the address. In a fork that acts (forked.py), as run()
+    mostly makes one, it is this process's own, which becomes the daemon when start_shim has returned.
 
     The daemon leads a session of its own; its stdin and stdout are /dev/null, its stderr is the bundle's log. It has been
     serving when this returns, and ends again when this process ends without having printed the address, as run() does. Raises
@@ -131,6 +132,8 @@ def spawn(
     if warm is not None and warm.listener < 0:
         warm.listener, warm.address, warm.arguments = listener, where, arguments
         warm.environ = {**dict(vars), "TTRPC_ADDRESS": opts.ttrpc_address}
+        if warm.bound is not None:
+            warm.bound(where, ready_timeout)
         return os.getpid(), where
     log = log_fd()
     try:

@@ -316,9 +316,18 @@ def _keep(core: _reaper.Core) -> None:
             logger.warn("events kept for containerd's return", events=kept)
 
 
+def _preload(cls: type[Shim]) -> None:
+    try:
+        cls.preload()
+    except Exception as error:  # whoever needs it will hear of it again
+        logger.error("preload failed", error=one_line(error))
+
+
 def _serve(
     cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, core: _reaper.Core, socket: _Socket, ready: Ready
 ) -> None:
+    from .daemon import warm
+
     flags = invocation.flags
     bundle = os.getcwd()
     watch_for_crashes(bundle)
@@ -333,10 +342,13 @@ def _serve(
     server = _new_server(core, shim, task, publisher)
     debug = Debug(core, server, task, runtime_id=runtime_id, flags=flags, bundle=bundle, socket=socket.path)
     server.on_note(_note(core, task, shim.exit.signal, debug))
-    debug.listen()
     start_new_thread(server.run, ())
     try:
         ready.tell(READY)
+        # What follows is not on the way of a start.
+        debug.listen()
+        if warm is None or warm.bound is not None:
+            core.pool.submit(lambda: _preload(cls))
         logger.info("serving", pid=os.getpid())
         ready.confirmed()
         shim.wait()

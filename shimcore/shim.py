@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from ._ttrpc import Server
     from .bootstrap import Config, DeleteResult, Flags, StartOpts
+    from .forked import Guard
     from .publisher import RemotePublisher
     from .task import Task
-    from .template import Guard
 
 _STDIN_MAX = 16 << 20
 
@@ -65,7 +65,7 @@ class Shim:
     @classmethod
     def preload(cls) -> None:
         """Import what the daemon will need. Called once in the warm template, which is forked for each action: open no file,
-        start no thread, keep nothing that must differ from shim to shim."""
+        start no thread, keep nothing that must differ from shim to shim. Without a template a daemon calls it once it serves."""
 
     def wait(self) -> None:
         """Block until the daemon should end: by default, until self.exit is signalled."""
@@ -102,6 +102,10 @@ class _Guard:
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         os.close(sink)
+
+    def fds(self) -> tuple[int, int]:
+        """stdout and stderr as they came."""
+        return self._out, self._err
 
     def release(self) -> None:
         """For the daemon, which has no result: its stdout and stderr are the log already."""
@@ -170,15 +174,15 @@ def _start(cls: type[Shim], runtime_id: str, config: Config, invocation: bootstr
 
 
 def _become(cls: type[Shim], runtime_id: str, config: Config, guard: _Guard | Guard, result: bytes) -> bytes:
-    """In a fork of the template, be the daemon that start_shim has asked for; the result is told when it serves."""
+    """Be the daemon that start_shim has asked for, in the process that became it; the result is told when it serves."""
     from . import daemon
 
     if daemon.warm is None or daemon.warm.listener < 0:
         return result
-    from . import template
+    from . import forked
 
-    assert isinstance(guard, template.Guard)
-    template.become(cls, runtime_id, config, guard, result, daemon.warm)
+    assert isinstance(guard, forked.Guard)
+    forked.become(cls, runtime_id, config, guard, result, daemon.warm)
     return b""
 
 
@@ -219,7 +223,17 @@ def run(runtime_id: str, shim: type[Shim] | str, config: Config | None = None) -
         from .template import main
 
         main(runtime_id, shim, config or bootstrap.Config(), sys.argv[2:])
-    act(runtime_id, shim, config or bootstrap.Config(), _Guard())
+    act(runtime_id, shim, config or bootstrap.Config(), _guard(runtime_id, shim))
+
+
+def _guard(runtime_id: str, shim: type[Shim] | str) -> _Guard | Guard:
+    """Where the result goes. `start` is divided here if it can be: when no code of the author's has run yet."""
+    guard = _Guard()
+    if isinstance(shim, str) and "start" in sys.argv[1:] and len(os.listdir("/proc/self/task")) == 1:
+        from . import forked
+
+        return forked.divide(runtime_id, *guard.fds())
+    return guard
 
 
 def act(runtime_id: str, shim: type[Shim] | str, config: Config, guard: _Guard | Guard) -> NoReturn:

@@ -27,25 +27,26 @@ if TYPE_CHECKING:
 TASK_V2 = "containerd.task.v2.Task"
 TASK_V3 = "containerd.task.v3.Task"
 
-# The names on the wire, and the methods that serve them.
-METHODS = {
-    "State": "state",
-    "Create": "create",
-    "Start": "start",
-    "Delete": "delete",
-    "Pids": "pids",
-    "Pause": "pause",
-    "Resume": "resume",
-    "Checkpoint": "checkpoint",
-    "Kill": "kill",
-    "Exec": "exec",
-    "ResizePty": "resize_pty",
-    "CloseIO": "close_io",
-    "Update": "update",
-    "Wait": "wait",
-    "Stats": "stats",
-    "Connect": "connect",
-    "Shutdown": "shutdown",
+# The RPCs: the method that serves each, and the message that it takes. Written here too, so that a daemon can serve before it has
+# imported protobuf.
+RPCS = {
+    "Create": ("create", "CreateTaskRequest"),
+    "Start": ("start", "StartRequest"),
+    "State": ("state", "StateRequest"),
+    "Delete": ("delete", "DeleteRequest"),
+    "Kill": ("kill", "KillRequest"),
+    "Exec": ("exec", "ExecProcessRequest"),
+    "Pids": ("pids", "PidsRequest"),
+    "Pause": ("pause", "PauseRequest"),
+    "Resume": ("resume", "ResumeRequest"),
+    "Checkpoint": ("checkpoint", "CheckpointTaskRequest"),
+    "Update": ("update", "UpdateTaskRequest"),
+    "ResizePty": ("resize_pty", "ResizePtyRequest"),
+    "CloseIO": ("close_io", "CloseIORequest"),
+    "Wait": ("wait", "WaitRequest"),
+    "Stats": ("stats", "StatsRequest"),
+    "Connect": ("connect", "ConnectRequest"),
+    "Shutdown": ("shutdown", "ShutdownRequest"),
 }
 
 _ASYNC = 0x80 | 0x200  # CO_COROUTINE and CO_ASYNC_GENERATOR of inspect, a module that costs ten milliseconds
@@ -67,7 +68,7 @@ def kind_of(handler: Callable[..., Any]) -> int:
 
 
 class Task:
-    """Derive from it and write the methods of METHODS that the shim offers.
+    """Derive from it and write the methods of RPCS that the shim offers.
 
     native: State, Wait and Connect are answered in C from the core's exit table, to which the service gives every process that
     it makes (Core.open, Core.reserve); the methods of these names are then not called.
@@ -102,15 +103,39 @@ class Task:
         """Called on the RPC thread when the shim got SIGTERM, SIGINT or SIGPIPE, which have been logged; must not block."""
 
 
+class _Request:
+    """A message class of task.proto that is imported with the first request."""
+
+    __slots__ = ("_class", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._class: Any = None
+
+    def _load(self) -> Any:
+        if self._class is None:
+            from .protos import task_pb2
+
+            self._class = getattr(task_pb2, self._name)
+        return self._class
+
+    def __call__(self) -> Any:
+        return self._load()()
+
+    def FromString(self, data: bytes) -> Any:
+        return self._load().FromString(data)
+
+
+_requests = {rpc: _Request(message) for rpc, (_, message) in RPCS.items()}
+
+
 def register(server: Server, task: Task, services: tuple[str, ...] = (TASK_V2, TASK_V3)) -> None:
     """Serve a task service under the given names. v3 has v2's messages, byte for byte, so one set of classes does for both."""
-    from .protos import task_pb2
-
     methods = {}
-    for method in task_pb2.DESCRIPTOR.services_by_name["Task"].methods:
-        handler = getattr(task, METHODS[method.name], None)
+    for rpc, (name, _) in RPCS.items():
+        handler = getattr(task, name, None)
         if handler is not None:
-            methods[method.name] = (kind_of(handler), handler, getattr(task_pb2, method.input_type.name))
+            methods[rpc] = (kind_of(handler), handler, _requests[rpc])
     for service in services:
         server.add_service(service, methods)
     if task.native:

@@ -16,6 +16,7 @@ import sys
 
 from . import _reaper, daemon
 from .errors import FailedPrecondition, Unavailable
+from .forked import Guard, entitle, raised
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ REFILL = 0.02  # seconds after a request until its spare is replaced: its action
 BACKLOG = 128
 REQUEST_TIMEOUT = 5.0  # seconds that a launcher has for its request, and for its "go"
 REQUEST_MAX = 8 << 20
+REHEARSALS = 40  # CPython 3.11 specialises a function that was called 8 times, an instruction of it some runs later
 _LOCK_FD = 3
-_CONNECTION_FD = 64  # the lowest number that the connection may have: below are those of a daemon
 _LIMITS = 16
 
 _SIGTERM, _SIGCHLD, _SIGKILL = 15, 17, 9
@@ -91,36 +92,28 @@ def _receive(connection: _socket.socket) -> Request:
 # --- a fork
 
 
-def _adopt(request: Request) -> None:
-    """Be what a process would be that the launcher's caller had made. Raises OSError."""
+def _take_over(request: Request) -> None:
+    """What may be refused of what a process would be that the launcher's caller had made. Raises OSError."""
     for signum in (_SIGTERM, _SIGCHLD):
         _signal.signal(signum, _signal.SIG_DFL)
     _signal.set_wakeup_fd(-1)
     _reaper.set_limits(request.limits)
-    os.umask(request.umask)
     _write_oom_score_adj(request.oom_score_adj)
     os.fchdir(request.cwd)
     os.close(request.cwd)
+
+
+def _dress(request: Request) -> None:
+    """The rest of it."""
+    os.umask(request.umask)
+    os.dup2(request.stdin, 0)
+    os.close(request.stdin)
     os.environ.clear()
     for line in request.environ:
         name, equals, value = os.fsdecode(line).partition("=")
         if name and equals:
             os.environ[name] = value
-    os.dup2(request.stdin, 0)
-    os.close(request.stdin)
-    sys.argv = [sys.argv[0], *map(os.fsdecode, request.argv[1:])]
-    _entitle(sys.argv[1:])
-
-
-def _entitle(arguments: list[str]) -> None:
-    """Show these arguments, and the environment, in /proc. Where that is not allowed, ps shows the template's."""
-    sys.orig_argv = [sys.executable, "-IS", sys.argv[0], *arguments]
-    args = b"".join(os.fsencode(word) + b"\0" for word in sys.orig_argv)
-    env = b"".join(name + b"=" + value + b"\0" for name, value in os.environb.items())
-    try:
-        _reaper.set_title(args, env, os.path.basename(sys.executable)[:15])
-    except OSError:
-        pass
+    entitle([os.fsdecode(word) for word in request.argv[1:]])
 
 
 def _write_oom_score_adj(value: int) -> None:
@@ -129,114 +122,9 @@ def _write_oom_score_adj(value: int) -> None:
             file.write(str(value).encode())
 
 
-class Guard:
-    """Where a fork's result goes, in the place of stdout and stderr, which are the launcher's."""
-
-    __slots__ = ("_connection", "_sent")
-
-    def __init__(self, connection: _socket.socket) -> None:
-        self._connection: _socket.socket | None = connection
-        self._sent = False
-        try:
-            sink = os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            sink = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        os.close(sink)
-
-    def release(self) -> None:
-        pass
-
-    def result(self, data: bytes) -> None:
-        """The launcher's stdout; it ends with 0. Only the first result or error counts. Raises OSError when it has gone."""
-        self._send(0, data, b"")
-
-    def error(self, line: str) -> None:
-        try:
-            self._send(1, b"", line.encode("utf-8", "replace") + b"\n")
-        except OSError:
-            pass
-
-    def printed(self) -> bool:
-        """Wait until the launcher has printed the result; whether it has."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return False
-        try:
-            return bool(connection.recv(1) == daemon.PRINTED)
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    def _send(self, status: int, out: bytes, err: bytes) -> None:
-        if self._connection is None or self._sent:
-            return
-        self._sent = True
-        head = b"".join(number.to_bytes(4, "little") for number in (status, len(out), len(err)))
-        self._connection.sendall(head + out + err)
-
-
-class _Ready:
-    """Tells the launcher the address once the daemon serves, and hears that it is printed; see serve._Ready."""
-
-    __slots__ = ("_guard", "_result", "_warm")
-
-    def __init__(self, guard: Guard, result: bytes, warm: daemon.Warm) -> None:
-        self._guard = guard
-        self._result = result
-        self._warm = warm
-
-    def tell(self, words: bytes) -> None:
-        if words != daemon.READY:
-            return  # the error that it is about is on its way to the guard
-        import gc
-
-        from .address import write_address
-
-        write_address(self._warm.address)
-        try:
-            self._guard.result(self._result)
-        except OSError:  # it has gone, which `confirmed` finds out
-            pass
-        gc.enable()
-
-    def confirmed(self) -> None:
-        if not self._guard.printed():
-            raise Unavailable("the launcher has gone, and told nobody this daemon's address")
-
-
-def become(cls: type[Shim], runtime_id: str, config: Config, guard: Guard, result: bytes, warm: daemon.Warm) -> None:
-    """Be the daemon that daemon.spawn promised; returns when it ends. Raises what made it fail before it served."""
-    from . import bootstrap, serve
-    from .address import remove_socket_silently
-
-    try:
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        log = daemon.log_fd()
-        os.dup2(null, 0)
-        os.dup2(null if log is None else log, 1)  # what an author prints goes to the log, too
-        os.dup2(null if log is None else log, 2)
-        os.close(null)
-        if log is not None:
-            os.close(log)
-        os.dup2(warm.listener, daemon.SOCKET_FD, inheritable=False)
-        os.close(warm.listener)
-        os.environ.update(warm.environ)
-        _entitle(warm.arguments)
-        sys.argv[1:] = warm.arguments
-        invocation = bootstrap.parse_invocation(warm.arguments, os.environ)
-        serve.serve(cls, runtime_id, config, invocation, _Ready(guard, result, warm))
-    except BaseException:
-        remove_socket_silently(warm.address)
-        raise
-
-
-def _rehearse() -> None:
-    """Do what an action will do, as far as it leaves no trace: the pages that it writes to are this process's own then, before
-    anybody waits for it."""
+def _rehearse(spare: bool) -> None:
+    """Do what an action will do, as far as it leaves no trace. In the template that has the interpreter specialise the code, so
+    that no fork does; in a spare, the pages that an action writes to are its own before anybody waits for it."""
     import _socket
 
     from . import _ttrpc, bootstrap
@@ -254,7 +142,8 @@ def _rehearse() -> None:
     body += b"".join(len(list).to_bytes(8, "little") + b"".join(text + b"\0" for text in list) for list in texts)
     there.sendmsg([len(body).to_bytes(8, "little") + body], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, b"\1\0\0\0\2\0\0\0")])
     request = _receive(here)
-    _entitle(sys.argv[1:])
+    if spare:
+        entitle(sys.argv[1:])
     _reaper.set_limits([])
     for fd in (request.stdin, request.cwd):
         os.close(fd)
@@ -380,16 +269,14 @@ class _Template:
         _reaper.set_death_signal(_SIGKILL)
         if os.getppid() != parent:
             return
-        _rehearse()
+        _rehearse(True)
         fd, _ = self._listener._accept()  # type: ignore[attr-defined]
         _reaper.set_death_signal(0)
         try:
             os.write(self._notes[1], os.getpid().to_bytes(4, "little"))
         except OSError:  # the template has gone
             pass
-        high = _dup_above(fd, _CONNECTION_FD)
-        os.close(fd)
-        connection = _socket.socket(fileno=high)
+        connection = _socket.socket(fileno=raised(fd))
         _, uid, _ = unpack("3i", connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))
         if uid != os.geteuid():
             return
@@ -400,11 +287,12 @@ class _Template:
             return
         self._close_own()
         try:
-            _adopt(request)
-        except (OSError, ValueError):
+            _take_over(request)
+        except OSError:
             connection.send(b"N")
             return
         connection.send(b"R")
+        _dress(request)  # while the launcher thinks
         if connection.recv(1) != b"G":
             return
         connection.settimeout(None)
@@ -423,12 +311,6 @@ class _Template:
         self._listener.close()
         for fd in (self._directory, self._changes, *self._notes, *self._signals):
             os.close(fd)
-
-
-def _dup_above(fd: int, lowest: int) -> int:
-    from fcntl import F_DUPFD_CLOEXEC, fcntl
-
-    return fcntl(fd, F_DUPFD_CLOEXEC, lowest)
 
 
 def _now() -> float:
@@ -484,12 +366,16 @@ def main(runtime_id: str, shim: type[Shim] | str, config: Config, arguments: lis
         raise Unavailable(f"{path} is not a directory of ours alone")
     os.set_inheritable(_LOCK_FD, False)
     os.chdir("/")
+    sys.orig_argv = daemon.command()
     sys.argv[1:] = []
+    _reaper.bound_malloc()
     try:
         cls = load(shim)
         cls.preload()
         _import_all()
         _check_own({0, 1, 2, _LOCK_FD, directory})
+        for _ in range(REHEARSALS):
+            _rehearse(False)
     except BaseException as error:
         _refuse(directory, name, f"{type(error).__name__}: {error}")
     idle = os.environ.get("SHIMCORE_TEMPLATE_IDLE", "")

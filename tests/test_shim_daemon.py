@@ -23,7 +23,7 @@ __all__ = ["author"]
 
 DEATHS = [
     ("raise ValueError('in the constructor')", "ValueError: in the constructor"),
-    ("raise SystemExit(3)", "SystemExit: 3"),
+    ("raise SystemExit(3)", "the shim's code called exit(3)"),
     ("os._exit(3)", "the daemon ended before it served"),
     ("signal.raise_signal(signal.SIGSEGV)", "the daemon ended before it served"),
     ("os.kill(os.getpid(), signal.SIGKILL)", "the daemon ended before it served"),

@@ -8,7 +8,7 @@ import os
 from .. import jobs, state
 from .._reaper import DROPPED, OPENED, PAUSED, PAUSING, RESERVED, RUNNING, TOLD
 from ..errors import DeadlineExceeded, InvalidArgument, NotFound, ShimError, Unknown
-from ..protos import anys, events_pb2, runc_options_pb2, task_pb2
+from ..protos import anys
 from ..publisher import TOPIC_PAUSED, TOPIC_RESUMED
 from ..task import Task
 from . import runc
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
     from .._reaper import ExitSignal, JobResult, Slot
     from .._ttrpc import Context
+    from ..protos import events_pb2, runc_options_pb2, task_pb2
     from ..publisher import RemotePublisher
+else:
+    from ..protos.lazy import events_pb2, runc_options_pb2, task_pb2
 
 SIGNAL_MAX = 64
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from .. import jobs, logger, state
 from .._reaper import RUNNING, TOLD
 from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, ShimError, Unimplemented
-from ..protos import events_pb2, task_pb2
 from ..publisher import TOPIC_CREATE, TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXEC_STARTED, TOPIC_START
 from . import runc, stdio
 from .aborted import clear_half_made
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 
     from .._reaper import Slot
     from .._ttrpc import Context
+    from ..protos import events_pb2, task_pb2
+else:
+    from ..protos.lazy import events_pb2, task_pb2
 
 # Seconds that Delete of a container that was never started waits for the exit of the init it has killed.
 KILLED_INIT_TIMEOUT = 10.0

@@ -61,7 +61,9 @@ class RuncShim(Shim):
 
     @classmethod
     def preload(cls) -> None:
-        from ..protos import anys, events_pb2, runc_options_pb2  # noqa: F401
+        from google.protobuf import empty_pb2  # noqa: F401
+
+        from ..protos import anys, events_pb2, runc_options_pb2, task_pb2  # noqa: F401
         from . import features, service  # noqa: F401
 
     def create_task_service(self, publisher: RemotePublisher) -> Task:
