@@ -17,7 +17,7 @@ CFLAGS_CORE := -std=gnu11 -D_GNU_SOURCE= -Wall -Wextra -Werror -pthread -Ishimco
 SHIM := containerd-shim-runc-v2-py
 ARGS ?=
 
-.PHONY: help deps build run test lint shim sanitize protos bench bench-exits bench-ttrpc matrix trials clean
+.PHONY: help deps build run test lint shim sanitize protos bench bench-start bench-weight bench-exits bench-ttrpc matrix trials clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,14 @@ protos: deps ## generate the protobuf modules from the .proto files in shimcore/
 bench: build ## time our shim beside the stock one, in one run
 	@$(PY) -m shimcore.install --dest build/shim
 	@$(PY) benchmarks/lifecycle.py --shim build/shim/$(SHIM) $(ARGS)
+
+bench-start: build ## start, delete and containers/s of our shim, warm and plain, beside Go's and Rust's
+	@$(PY) -m shimcore.install --dest build/shim
+	@$(PY) -m benchmarks.start $(ARGS)
+
+bench-weight: build ## memory, threads and fds of live shims, ours beside Go's and Rust's (ARGS="--alive 1 50 --execs 10000")
+	@$(PY) -m shimcore.install --dest build/shim
+	@$(PY) -m benchmarks.weight $(ARGS)
 
 bench-exits: build ## from the death of a process to its event on containerd's socket, ours beside a bare C loop, Go and Rust
 	@$(PY) -m benchmarks.exit_latency $(ARGS)
