@@ -52,7 +52,7 @@ def test_G8_every_shim_is_found_and_asked_without_containerd(lab: Lab, rootfs: P
         theirs.wait()
         theirs.delete()
     # By the shim's pid, its id, and a container that it serves beside.
-    for name in (str(lab.pid), "lab", "found"):
+    for name in (str(lab.pid), f"{lab.rig.namespace}/lab", "found"):
         assert json.loads(cli("dump", name))["pid"] == lab.pid
     assert cli("metrics", "found").endswith("# EOF\n")
     text = cli("inspect", "found")

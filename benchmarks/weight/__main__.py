@@ -2,21 +2,21 @@
 
 PSS divides what processes share among those that do, and each kind is alone when it is measured; the template's and its spares'
 own share is divided among the daemons. "idle": each container has been created and started. "called": after 1,000 State, Connect
-and Stats calls to each of 10. Growth: private memory of one shim from its 1,000th exec to its last, each having run /bin/true by
-the rig with the real runc.
+and Stats calls to each of 10. --execs: growth.py's.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.lifecycle import INIT, alive, machine, memory
+from benchmarks.lifecycle import alive, machine, memory, templates
 from benchmarks.sides import GO, WARM, Sides, arguments, opened
 from benchmarks.svg import bars
+from benchmarks.weight.growth import FIRST, growth
+from benchmarks.weight.pages import compare
 from shimcore.rig import Session
 
 KINDS = ("PSS MiB", "private MiB", "threads", "fds")
@@ -42,26 +42,12 @@ def call(boxes: list[Session], calls: int) -> None:
             (box.task.state, box.task.connect, box.task.stats)[number % 3]()
 
 
-def growth(sides: Sides, name: str, execs: int) -> tuple[float, float]:
-    """(private MiB at the 1,000th exec, at the last)."""
-    box = sides.rigs[name].container(INIT, read=False)
-    box.create()
-    box.start()
-    first = 0.0
-    for number in range(1, execs + 1):
-        process = box.exec(["/bin/true"])
-        process.start()
-        process.wait()
-        process.delete()
-        if number == min(1000, execs // 2):
-            time.sleep(SETTLE)
-            first = memory(box.shim_pid)["private"]
-        if number % 1000 == 0 and sys.stderr.isatty():
-            print(f"\r{name}: {number} execs, {memory(box.shim_pid)['private']:.2f} MiB", end="", file=sys.stderr)
+def pages(sides: Sides) -> str:
+    box = alive(sides.rigs[WARM], 1)[0]
     time.sleep(SETTLE)
-    last = memory(box.shim_pid)["private"]
+    found = compare(templates(sides.templates)[0], box.shim_pid)
     box.dispose()
-    return first, last
+    return ", ".join(f"{kind}: {count}" for kind, count in found.most_common())
 
 
 def main() -> None:
@@ -69,11 +55,10 @@ def main() -> None:
     arguments(parser)
     parser.add_argument("--alive", type=int, nargs="*", default=[1, 10, 50, 200], help="(default: 1 10 50 200)")
     parser.add_argument("--calls", type=int, default=1000, help="to each of 10 shims (default: %(default)s)")
-    parser.add_argument("--execs", type=int, default=0, help="for growth; 100000 take hours (default: none)")
+    parser.add_argument("--execs", type=int, default=0, help="for growth, 1,000 at least (default: none)")
     parser.add_argument("--picture", type=Path, help="where to write an SVG")
     options = parser.parse_args()
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    grown: dict[str, tuple[float, float]] = {}
     with opened(options) as sides:
         for name in sides.rigs:
             for count in options.alive:
@@ -84,8 +69,8 @@ def main() -> None:
                     rows.setdefault("10 alive, called", {})[name] = weigh(sides, name, boxes)
                 for box in boxes:
                     box.dispose()
-            if options.execs:
-                grown[name] = growth(sides, name, options.execs)
+        kinds = pages(sides)
+    grown = growth(options.shim, options.execs) if options.execs else None
     print(machine(options.stock, "runc"))
     print("medians of one kind of shim alive at a time; ÷: to Go's\n")
     print("| | " + " | ".join(f"{name}: {' / '.join(KINDS)} | ÷ PSS, private" for name in sides.rigs) + " |")
@@ -100,8 +85,12 @@ def main() -> None:
             cells.append(f"{figures} | {ratios[0]:.2f}, {ratios[1]:.2f}")
         print(f"| {what} | {' | '.join(cells)} |")
         groups.append((f"{what}: PSS", {name: found["PSS MiB"] / base["PSS MiB"] for name, found in columns.items()}))
-    for name, (first, last) in grown.items():
-        print(f"\n{name}: private {first:.2f} MiB at exec {min(1000, options.execs // 2)}, {last:.2f} at {options.execs}")
+    print(f"\npages of a daemon of ours beside its template's, by the words of 8 bytes that differ: {kinds}")
+    if grown:
+        print(
+            f"\nours, plain: private {grown.first:.2f} MiB at exec {FIRST}, {grown.last:.2f} at {grown.execs}, "
+            f"{grown.most:.2f} at most ({grown.seconds:.0f} s)"
+        )
     if options.picture:
         title = "memory of a live shim, as a multiple of the stock Go shim's (the line)"
         options.picture.write_text(bars(title, groups, "ours"))

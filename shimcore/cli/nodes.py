@@ -135,8 +135,8 @@ def look(shim: Shim) -> Shim:
 
 
 def choose(wanted: str, among: list[Shim]) -> Shim:
-    """The shim of a container's id, of a unique beginning of it, or with this pid. Raises NoAnswer."""
-    exact = [shim for shim in among if wanted in (shim.id, str(shim.pid))]
+    """The shim of a container's id (or namespace/id), of a unique beginning of it, or with this pid. Raises NoAnswer."""
+    exact = [shim for shim in among if wanted in (shim.id, f"{shim.namespace}/{shim.id}", str(shim.pid))]
     served = exact or [shim for shim in among if any(one["container"] == wanted for one in look(shim).told.get("processes", ()))]
     found = served or [shim for shim in among if shim.id.startswith(wanted)]
     if not found:
