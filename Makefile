@@ -81,11 +81,19 @@ $(SAN)/test_%: tests/c/test_%.c $(SAN_OBJECTS) $(wildcard tests/c/*.h)
 LINK_model := -Wl,--wrap=sc_record,--wrap=sc_pidfd_open,--wrap=kill
 
 .SECONDARY: $(SAN_OBJECTS)
-sanitize: ## the C core's own tests under the address and undefined-behaviour sanitisers
+sanitize: ## the C core's tests, and its fuzz targets for SAN_FUZZ_TIME seconds each, under the address and undefined-behaviour sanitisers
 	@tools/deps
 	@$(MAKE) -s --no-print-directory $(SAN)/.passed
 
-$(SAN)/.passed: $(SAN_TESTS)
+# The fuzz targets without libFuzzer, so many seconds each.
+SAN_FUZZ_TIME ?= 10
+SAN_FUZZERS := $(patsubst tests/fuzz/%.c,$(SAN)/%,$(wildcard tests/fuzz/fuzz_*.c))
+
+$(SAN)/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/standalone.c $(SAN_OBJECTS)
+	@mkdir -p $(@D) build/fuzz
+	$(CC) $(SAN_FLAGS) $< tests/fuzz/standalone.c $(SAN_OBJECTS) -o $@
+
+$(SAN)/.passed: $(SAN_TESTS) $(SAN_FUZZERS)
 	@mkdir -p $(@D)
 	@test -n "$(SAN_TESTS)" || echo "no tests/c/test_*.c"
 	@export ASAN_OPTIONS=exitcode=99 UBSAN_OPTIONS=exitcode=99; \
@@ -93,6 +101,9 @@ $(SAN)/.passed: $(SAN_TESTS)
 		code=0; timeout 300 $$one || code=$$?; \
 		case $$code in 0|99) ;; *) echo "UNSTEADY $$one: $$code, once more"; code=0; timeout 300 $$one || code=$$?;; esac; \
 		if [ $$code = 0 ]; then echo "PASS $$one"; else echo "FAIL $$one: $$code"; failed=1; fi; \
+	done; \
+	for one in $(SAN_FUZZERS); do \
+		timeout 300 $$one tests/fuzz/corpus/$${one##*/fuzz_} $(SAN_FUZZ_TIME) || { echo "FAIL $$one: $$?"; failed=1; }; \
 	done; exit $$failed
 
 protos: deps ## generate the protobuf modules from the .proto files in shimcore/protos
