@@ -56,7 +56,7 @@ lint: deps ## ruff, mypy --strict, and the C core with warnings as errors
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy --strict shimcore
 	@$(PY) tools/gen_protos.py --check
-	@$(if $(CORE),$(CC) $(CFLAGS_CORE) -O2 -fsyntax-only $(CORE) shimcore/launcher/launcher.c)
+	@$(if $(CORE),$(CC) $(CFLAGS_CORE) -O2 -fsyntax-only $(CORE) $(wildcard shimcore/launcher/*.c))
 
 shim: build ## make shim DEST=DIR: put an executable containerd-shim-runc-v2-py in DIR
 	@test -n "$(DEST)" || { echo "usage: make shim DEST=DIR" >&2; exit 2; }

@@ -19,6 +19,7 @@ CORE = sorted(glob("shimcore/core/*.c"))
 HEADERS = sorted(glob("shimcore/core/*.h"))
 PROGRAMS = {
     "launcher": ["shimcore/launcher/launcher.c"],
+    "pause": ["shimcore/launcher/pause.c"],
     "fake-runtime": ["shimcore/rig/fake_runtime.c", "shimcore/rig/fake_parts.h"],
 }
 

@@ -66,7 +66,7 @@ def files(root: Path) -> None:
     wanted = ["py.typed", "_reaper.pxd", "core/core.h", "protos/task.proto", "protos/task_pb2.pyi"]
     wanted += [f"{name}.pyi" for name in MODULES]
     assert not [name for name in wanted if not (PACKAGE / name).is_file()]
-    for program in ("launcher", "fake-runtime"):
+    for program in ("launcher", "pause", "fake-runtime"):
         assert os.access(PACKAGE / "_bin" / program, os.X_OK), program
     if installed():
         assert not [*PACKAGE.glob("**/*.c"), *PACKAGE.glob("*.pyx"), *PACKAGE.glob("**/*.new")]

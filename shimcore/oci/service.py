@@ -17,14 +17,16 @@ from .aborted import clear_half_made
 from .container import SIGKILL, Container
 from .control import Control, empty, state_of
 from .process import ExecFiles, Process, check_id, exec_spec
+from .sandbox import Sandbox
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from google.protobuf.empty_pb2 import Empty
 
-    from .._reaper import Slot
+    from .._reaper import ExitSignal, Slot
     from .._ttrpc import Context
     from ..protos import events_pb2, task_pb2
+    from ..publisher import RemotePublisher
 else:
     from ..protos.lazy import events_pb2, task_pb2
 
@@ -39,6 +41,13 @@ ORPHAN_TIMEOUT = 10.0
 
 class RuncTask(Control):
     """containerd.task.v2.Task and v3 for the containers of one shim, which may be one container or a pod."""
+
+    def __init__(self, publisher: RemotePublisher, exit: ExitSignal) -> None:
+        super().__init__(publisher, exit)
+        self.sandbox = Sandbox(self.core, exit)
+
+    def unused(self) -> bool:
+        return not self.containers and not self.sandbox.alive
 
     def on_exit(self, slot: Slot) -> None:
         if isinstance(slot.cookie, Process):
@@ -100,6 +109,8 @@ class RuncTask(Control):
         slot = container.init.slot
         called = False
         try:
+            if self.sandbox.alive:
+                await jobs.in_pool(self.sandbox.add_mounts, container.bundle)
             options = request.options
             await jobs.in_pool(container.prepare, options.type_url, options.value, request.rootfs)
             called = True
@@ -151,7 +162,7 @@ class RuncTask(Control):
 
     async def _end_if_unused(self) -> None:
         await jobs.sleep(ORPHAN_TIMEOUT)
-        if not self.containers:
+        if self.unused():
             self.exit.signal()
 
     # --- Start
@@ -302,8 +313,8 @@ class RuncTask(Control):
     # --- Shutdown
 
     async def shutdown(self, request: task_pb2.ShutdownRequest, context: Context) -> Empty:
-        """Nothing while a container remains, or comes to be, whatever `now` says; it may come many times."""
-        if not self.containers:
+        """Nothing while a container or the sandbox remains, or comes to be, whatever `now` says; it may come many times."""
+        if self.unused():
             self.exit.signal()
         return empty()
 

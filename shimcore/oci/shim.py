@@ -19,12 +19,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .._ttrpc import Server
     from ..bootstrap import Flags, Invocation, StartOpts
     from ..publisher import RemotePublisher
     from ..task import Task
 
 # A container with one of these joins the shim of its group; the first that is there counts.
 GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+
+POD_FILES = "pod"  # what the Sandbox service makes in a sandbox's bundle, with a mount in it
 
 SIGKILL = 9
 KILLED_STATUS = 128 + SIGKILL
@@ -54,7 +57,11 @@ class RuncShim(Shim):
 
         # Whatever is wrong with the options is said before there is a daemon.
         options = from_any(*opts.options) if opts.options is not None else Options()
-        pid, address = spawn(opts, grouping(read_spec(os.curdir), opts.id))
+        try:
+            group = grouping(read_spec(os.curdir), opts.id)
+        except NotFound:  # a sandbox has no config.json, and is its own group
+            group = opts.id
+        pid, address = spawn(opts, group)
         if pid:
             _place(pid, address, options.shim_cgroup)
         return address
@@ -69,7 +76,13 @@ class RuncShim(Shim):
     def create_task_service(self, publisher: RemotePublisher) -> Task:
         from .service import RuncTask
 
-        return RuncTask(publisher, self.exit)
+        self._task = RuncTask(publisher, self.exit)
+        return self._task
+
+    def register_services(self, server: Server, publisher: RemotePublisher) -> None:
+        from .sandbox import register
+
+        register(server, self._task.sandbox)
 
     def delete_shim(self) -> DeleteResult:
         """Clear away what a container has left, whether its shim is alive, dead, or has done all this
@@ -99,6 +112,8 @@ class RuncShim(Shim):
             pid = _kill_init(state_dir) or pid
             _run_delete(runtime, id, os.path.join(bundle, LOG_FILE))
         _umount(os.path.join(bundle, "rootfs"))
+        if os.path.isdir(os.path.join(bundle, POD_FILES)):
+            _umount(os.path.join(bundle, POD_FILES))
         _remove_dead_socket(bundle, self.flags)
         return _told_exit(bundle, id) or DeleteResult(pid, KILLED_STATUS, now_ns())
 
