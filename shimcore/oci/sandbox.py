@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .._reaper import Core, ExitSignal
     from .._ttrpc import Context, Server
     from ..protos import sandbox_pb2 as pb
+else:
+    from ..protos.lazy import sandbox_pb2 as pb
 
 SERVICE = "containerd.runtime.sandbox.v1.Sandbox"
 PAUSE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "_bin", "pause")
@@ -73,8 +75,6 @@ class Sandbox:
     # --- the life of a sandbox
 
     async def create_sandbox(self, request: pb.CreateSandboxRequest, context: Context) -> pb.CreateSandboxResponse:
-        from ..protos import sandbox_pb2
-
         if self.alive:
             raise AlreadyExists(f"this shim is the sandbox {self.id} already")
         if not request.sandbox_id or not request.bundle_path.startswith("/"):
@@ -87,11 +87,9 @@ class Sandbox:
         self.id, self.bundle, self.netns = request.sandbox_id, request.bundle_path, request.netns_path
         await jobs.in_pool(self._make_files)
         self.alive = True
-        return sandbox_pb2.CreateSandboxResponse()
+        return pb.CreateSandboxResponse()
 
     async def start_sandbox(self, request: pb.StartSandboxRequest, context: Context) -> pb.StartSandboxResponse:
-        from ..protos import sandbox_pb2
-
         self._check(request.sandbox_id)
         async with self._lock:
             if self.pid:
@@ -99,37 +97,31 @@ class Sandbox:
             self.pid = await self._pause()
             self.created_at = now_ns()
             self._tell()
-        response = sandbox_pb2.StartSandboxResponse(pid=self.pid)
+        response = pb.StartSandboxResponse(pid=self.pid)
         convert_to_timestamp(self.created_at, response.created_at)
         return response
 
     async def stop_sandbox(self, request: pb.StopSandboxRequest, context: Context) -> pb.StopSandboxResponse:
-        from ..protos import sandbox_pb2
-
         self._check(request.sandbox_id)
         await self._stop()
-        return sandbox_pb2.StopSandboxResponse()
+        return pb.StopSandboxResponse()
 
     async def wait_sandbox(self, request: pb.WaitSandboxRequest, context: Context) -> pb.WaitSandboxResponse:
-        from ..protos import sandbox_pb2
-
         self._check(request.sandbox_id)
         await self.ended
-        response = sandbox_pb2.WaitSandboxResponse(exit_status=self.exit_status)
+        response = pb.WaitSandboxResponse(exit_status=self.exit_status)
         convert_to_timestamp(self.exited_at, response.exited_at)
         return response
 
     async def shutdown_sandbox(self, request: pb.ShutdownSandboxRequest, context: Context) -> pb.ShutdownSandboxResponse:
         """After it the shim ends, whatever is still there: containerd's `delete` clears that."""
-        from ..protos import sandbox_pb2
-
         self._check(request.sandbox_id)
         await self._stop()
         await jobs.in_pool(self._remove_files)
         self.alive = False
         self.ended.set()  # of a sandbox that was never started: nobody may wait for ever
         jobs.Task(self.core, self._leave()).step()
-        return sandbox_pb2.ShutdownSandboxResponse()
+        return pb.ShutdownSandboxResponse()
 
     async def _leave(self) -> None:
         """Go's ttrpc client may take a connection's end that is right behind an answer for the answer, and fail."""
@@ -139,17 +131,13 @@ class Sandbox:
     # --- questions
 
     async def ping_sandbox(self, request: pb.PingRequest, context: Context) -> pb.PingResponse:
-        from ..protos import sandbox_pb2
-
         self._check(request.sandbox_id)
-        return sandbox_pb2.PingResponse()
+        return pb.PingResponse()
 
     async def platform(self, request: pb.PlatformRequest, context: Context) -> pb.PlatformResponse:
-        from ..protos import sandbox_pb2
-
         self._check(request.sandbox_id)
         machine = os.uname().machine
-        response = sandbox_pb2.PlatformResponse()
+        response = pb.PlatformResponse()
         response.platform.os = "linux"
         response.platform.architecture = ARCHITECTURES.get(machine, machine)
         if machine == "armv7l":
@@ -157,11 +145,9 @@ class Sandbox:
         return response
 
     async def sandbox_status(self, request: pb.SandboxStatusRequest, context: Context) -> pb.SandboxStatusResponse:
-        from ..protos import sandbox_pb2
-
         self._check(request.sandbox_id)
         state = READY if self._ready else NOT_READY
-        response = sandbox_pb2.SandboxStatusResponse(sandbox_id=self.id, pid=self.pid, state=state)
+        response = pb.SandboxStatusResponse(sandbox_id=self.id, pid=self.pid, state=state)
         if self.created_at:
             convert_to_timestamp(self.created_at, response.created_at)
         if self.ended.is_set():
@@ -173,7 +159,6 @@ class Sandbox:
 
     async def sandbox_metrics(self, request: pb.SandboxMetricsRequest, context: Context) -> pb.SandboxMetricsResponse:
         """Of the pod's cgroup, which is its containers' parent. Raises NotFound when the pod has none."""
-        from ..protos import sandbox_pb2
         from . import stats
 
         self._check(request.sandbox_id)
@@ -181,7 +166,7 @@ class Sandbox:
         if not folders:
             raise NotFound(f"sandbox {self.id} has no cgroup")
         url, value = await jobs.in_pool(stats.measure, folders)
-        response = sandbox_pb2.SandboxMetricsResponse()
+        response = pb.SandboxMetricsResponse()
         response.metrics.id = self.id
         convert_to_timestamp(now_ns(), response.metrics.timestamp)
         response.metrics.data.type_url, response.metrics.data.value = url, value
@@ -346,9 +331,7 @@ class _Request:
         self._name = name
 
     def __call__(self) -> Any:
-        from ..protos import sandbox_pb2
-
-        return getattr(sandbox_pb2, self._name)()
+        return getattr(pb, self._name)()
 
     def FromString(self, data: bytes) -> Any:
         return self().FromString(data)
