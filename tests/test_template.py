@@ -160,6 +160,7 @@ def test_a_whole_life_is_warm(rig: Rig, warm: Warm) -> None:
 
 
 def test_pods_and_errors_are_as_ever(rig: Rig, warm: Warm) -> None:
+    (rig.root / "config.json").write_text("{")
     with pytest.raises(ActivationError, match=r"config\.json"):
         rig.activator.start("no-bundle", rig.root)
     assert warm.said()[-1].strip() == WARM
