@@ -14,7 +14,7 @@ from typing import Any
 from ..address import DEBUG_SUFFIX
 
 # containerd makes a shim's name from the runtime's: io.containerd.runc.v2 -> containerd-shim-runc-v2.
-_NAME = re.compile(r"containerd-shim-[^/]+-v\d[^/]*")
+NAME = re.compile(r"containerd-shim-[^/]+-v\d[^/]*")
 TIMEOUT = 5.0  # seconds for a shim to answer
 
 
@@ -87,7 +87,7 @@ def shims() -> list[Shim]:
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         words = _words(pid)
         names = [os.path.basename(word) for word in words[:3]]  # of a script its interpreter comes first
-        name = next((name.removesuffix(".py") for name in names if _NAME.fullmatch(name)), "")
+        name = next((name.removesuffix(".py") for name in names if NAME.fullmatch(name)), "")
         if not name or "-id" not in words or words[-1] in ("start", "delete"):
             continue
         socket_path = next((debug[inode] for inode in _sockets_of(pid) if inode in debug), "")

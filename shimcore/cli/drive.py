@@ -1,0 +1,80 @@
+"""run, conform: a shim without containerd."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .out import F, binaries, binary_argument, fail, json_option, print_json
+
+# As shimcore.rig has them, which is not imported before it is needed: it costs what completion should not take.
+OURS, SHIM = "containerd-shim-runc-v2-py", "containerd-shim-runc-v2"
+
+generation_option: Callable[[F], F] = click.option(
+    "--generation", type=click.Choice(["1.6", "1.7", "2.3"]), default="1.6", show_default=True, help="As which containerd."
+)
+
+@click.command(
+    short_help="A container under any shim, without containerd.", context_settings={"allow_interspersed_args": False}
+)
+@json_option
+@click.option("--shim", default="", shell_complete=binaries, help=f"Path or name; {OURS} if that is on PATH, else {SHIM}.")
+@click.option("--rootfs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="One of busybox is made if absent.")
+@generation_option
+@click.option("--runtime", default="", help="OCI runtime binary; the shim's own choice by default.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="May be repeated.")
+@click.option("--cwd", default="/", show_default=True, help="Working directory in the container.")
+@click.option("--timeout", type=float, default=math.inf, metavar="SECONDS", help="Time that the command may take.")
+@click.option("--debug", is_flag=True, help="Call the shim with -debug.")
+@click.argument("command", nargs=-1, metavar="[--] [COMMAND]...")
+def run(shim: str, command: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Run COMMAND in a real container under a shim, without containerd, and say what happened and when.
+
+    Exits as the container did; with 125 when the shim failed, or left something behind.
+    """
+    from ..rig import runner
+
+    try:
+        report = runner.run(shim or shutil.which(OURS) or SHIM, command or runner.HELLO, **options)
+    except OSError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(125)
+    click.echo(report.json() if as_json else report.text())
+    sys.exit(report.status)
+
+
+@click.command(short_help="Does a shim do what containerd expects?")
+@json_option
+@click.option("--runtime", default="", help="OCI runtime binary; the shim's own choice by default.")
+@generation_option
+@click.option("--only", multiple=True, metavar="TRIAL", help="Run this trial alone; may be repeated.")
+@binary_argument
+def conform(shim: str, runtime: str, generation: str, only: tuple[str, ...], as_json: bool) -> None:
+    """Try whether SHIM (a path or name) does what containerd expects; see docs/conform.md. Exits with 1 when it does not."""
+    from ..rig import conform as trials
+
+    results = []
+    try:
+        for result in trials.conform(shim, runtime=runtime, only=only, generation=generation):
+            results.append(result)
+            if not as_json:
+                good = result.outcome == trials.PASSED
+                mark = click.style(result.outcome, fg="green" if good else "red")
+                click.echo(f"{mark}  {result.name:18} {result.expects}")
+                for line in result.detail.splitlines():
+                    click.echo(f"          {line}")
+    except (OSError, ValueError) as error:
+        fail(error)
+    failed = sum(result.outcome == trials.FAILED for result in results)
+    if as_json:
+        print_json({"shim": shim, "failed": failed, "trials": [asdict(result) for result in results]})
+    else:
+        click.echo(f"\n{shim}: {len(results) - failed} of {len(results)} passed")
+    sys.exit(failed > 0)

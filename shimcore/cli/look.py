@@ -1,0 +1,113 @@
+"""ps, inspect, dump, metrics, doctor: what shims tell of themselves, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from . import checks, nodes
+from .out import age, fail, json_option, print_json, shim_argument, table
+
+COLOURS = {checks.OK: "green", checks.WARNING: "yellow", checks.PROBLEM: "red"}
+
+
+@click.command(short_help="Every shim on this node.")
+@json_option
+def ps(as_json: bool) -> None:
+    """Every shim on this node, found without containerd."""
+    found = [nodes.look(shim) for shim in nodes.shims()]
+    if as_json:
+        print_json([{**asdict(shim), "told": None, **_summary(shim)} for shim in found])
+        return
+    rows = [["PID", "SHIM", "NAMESPACE", "ID", "CONTAINERS", "PROCESSES", "UNSENT", "MEMORY", "AGE"]]
+    for shim in found:
+        summary = _summary(shim)
+        rows.append(
+            [str(shim.pid), shim.name, shim.namespace, shim.id]
+            + ["-" if summary[key] is None else str(summary[key]) for key in ("containers", "processes", "unsent")]
+            + ["-" if summary["private"] is None else f"{summary['private'] / 1048576:.1f}M"]
+            + ["-" if summary["age"] is None else age(summary["age"])]
+        )
+    table(rows)
+
+
+def _summary(shim: nodes.Shim) -> dict[str, Any]:
+    told = shim.told
+    if not told:
+        return dict.fromkeys(("containers", "processes", "unsent", "private", "age"))
+    alive = [one for one in told["processes"] if one["phase"] in ("opened", "bound", "exited")]
+    return {
+        "containers": len({one["container"] for one in told["processes"]}),
+        "processes": len(alive),
+        "unsent": told["core"]["queued"] + told["core"]["in_flight"],
+        "private": told["memory"].get("private"),
+        "age": told["now"] - told["started"],
+    }
+
+
+@click.command(short_help="The whole state of one shim.")
+@shim_argument
+def dump(shim: str) -> None:
+    """The whole state of one SHIM (container id, or pid) as JSON; see docs/debugging.md."""
+    try:
+        click.echo(nodes.ask(nodes.choose(shim, nodes.shims()), "/dump"), nl=False)
+    except nodes.NoAnswer as error:
+        fail(error)
+
+
+@click.command(short_help="The metrics of one shim, as OpenMetrics text.")
+@shim_argument
+def metrics(shim: str) -> None:
+    """The metrics of one SHIM (container id, or pid) as OpenMetrics text."""
+    try:
+        click.echo(nodes.ask(nodes.choose(shim, nodes.shims()), "/metrics"), nl=False)
+    except nodes.NoAnswer as error:
+        fail(error)
+
+
+@click.command(short_help="The processes and last exits of one shim.")
+@shim_argument
+@json_option
+def inspect(shim: str, as_json: bool) -> None:
+    """The processes and the last exits of one SHIM (container id, or pid)."""
+    try:
+        told = json.loads(nodes.ask(nodes.choose(shim, nodes.shims()), "/dump"))
+    except nodes.NoAnswer as error:
+        fail(error)
+    if as_json:
+        print_json({"processes": told["processes"], "exits": told["exits"], "task": told["task"]})
+        return
+    click.echo(f"{told['runtime']}, pid {told['pid']}, shimcore {told['shimcore']}, Python {told['python']}")
+    click.echo(f"bundle {told['bundle']}\nsocket {told['socket']}\n")
+    rows = [["CONTAINER", "EXEC", "PID", "PHASE", "STATUS", "EXIT"]]
+    for one in told["processes"]:
+        ended = str(one["exit_status"]) if "exit_status" in one else ""
+        rows.append([one["container"], one["exec"], str(one["pid"]), one["phase"], one["status"], ended])
+    table(rows)
+    exits = told["exits"][-10:]
+    if exits:
+        click.echo("\nthe last exits, µs after each was reaped:")
+        rows = [["CONTAINER", "EXEC", "PID", "RECORDED", "SENT", "ACKNOWLEDGED"]]
+        for one in exits:
+            times = [one[name] for name in ("recorded_us", "sent_us", "acknowledged_us")]
+            rows.append([one["container"], one["exec"], str(one["pid"]), *("-" if at is None else f"{at:.0f}" for at in times)])
+        table(rows)
+
+
+@click.command(short_help="What is wrong, and what to do about it.")
+@json_option
+def doctor(as_json: bool) -> None:
+    """What is wrong with this node's shims, and what to do about it. Exits with 1 when there is a problem."""
+    found = list(checks.examine([nodes.look(shim) for shim in nodes.shims()]))
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    else:
+        for finding in found:
+            click.echo(f"{click.style(finding.level.ljust(7), fg=COLOURS[finding.level])}  {finding.what}")
+            if finding.advice:
+                click.echo(f"         → {finding.advice}")
+    sys.exit(any(finding.level == checks.PROBLEM for finding in found))
