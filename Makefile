@@ -127,6 +127,10 @@ bench-exits: build ## from the death of a process to its event on containerd's s
 bench-ttrpc: build ## ttrpc servers under one load: ours with a Python handler, Go's, and a bare C loop
 	@$(PY) -m benchmarks.ttrpc $(ARGS)
 
+.PHONY: bench-ttrpc-clients
+bench-ttrpc-clients: build ## ttrpc clients on one bare C server: ours, Go's and Rust's
+	@$(PY) -m benchmarks.ttrpc.clients $(ARGS)
+
 MATRIX ?= v1.7.35 v2.1.9 v2.4.2
 matrix: build ## the containerd suite under Debian's containerd and newer ones (MATRIX="v2.4.2 …", needs Go); writes docs/matrix.md
 	@tools/deps containernetworking-plugins

@@ -46,11 +46,12 @@ def build_go(name: str) -> str:
     """head: from the module proxy; debian: golang-github-containerd-ttrpc-dev, built without modules as Debian builds."""
     folder = BUILD / f"go-{name}"
     out = folder / "server"
-    source = SOURCES / "go" / name / "main.go"
+    sources = sorted((SOURCES / "go" / name).glob("*.go"))
     folder.mkdir(parents=True, exist_ok=True)
-    if out.exists() and out.stat().st_mtime > max(source.stat().st_mtime, Path(__file__).stat().st_mtime):
+    if out.exists() and out.stat().st_mtime > max(source.stat().st_mtime for source in [*sources, Path(__file__)]):
         return str(out)
-    shutil.copy(source, folder)
+    for source in sources:
+        shutil.copy(source, folder)
     if name == "debian":
         if not DEBIAN.exists():
             raise Missing("golang-github-containerd-ttrpc-dev is not installed")

@@ -1,4 +1,4 @@
-// The echo server of the benchmark on Go's ttrpc: PROGRAM serve PATH. Ends when its stdin does.
+// The echo server of the benchmark on Go's ttrpc: PROGRAM serve PATH. Ends when its stdin does. PROGRAM load …: its client.
 package main
 
 import (
@@ -21,6 +21,10 @@ func echo(_ context.Context, unmarshal func(any) error) (any, error) {
 }
 
 func main() {
+	if os.Args[1] == "load" {
+		load(os.Args[2:])
+		return
+	}
 	server, err := ttrpc.NewServer()
 	if err != nil {
 		panic(err)

@@ -1,7 +1,8 @@
 //! The peer of the interop checks on Rust's ttrpc: `PROGRAM sync|async serve PATH`, which ends when its stdin does, and
-//! `PROGRAM sync|async call PATH CHECK`, which prints `ok` or what was wrong.
+//! `PROGRAM sync|async call PATH CHECK`, which prints `ok` or what was wrong. Also the benchmark's client: load.rs.
 
 mod asynchronous;
+mod load;
 mod synchronous;
 
 use std::collections::HashMap;
@@ -122,7 +123,12 @@ fn main() {
         ["async", "serve", _] => asynchronous::serve(&path, until_stdin_ends),
         ["sync", "call", _, check] => synchronous::call(&path, check),
         ["async", "call", _, check] => asynchronous::call(&path, check),
-        _ => Err("usage: sync|async serve PATH, or sync|async call PATH CHECK".into()),
+        [flavour @ ("sync" | "async"), "load", _, size, outstanding, ms] => {
+            let number = |word: &str| word.parse::<usize>().map_err(|error| format!("{word}: {error}"));
+            let load = if flavour == "sync" { load::synchronous } else { load::asynchronous };
+            number(size).and_then(|size| load(&path, size, number(outstanding)?, number(ms)? as u64))
+        }
+        _ => Err("usage: sync|async serve PATH, call PATH CHECK, or load PATH BYTES OUTSTANDING MS".into()),
     };
     if let Err(text) = outcome {
         println!("{text}");
