@@ -40,13 +40,15 @@ def run(shim: str, command: tuple[str, ...], as_json: bool, **options: Any) -> N
     Exits as the container did; with 125 when the shim failed, or left something behind.
     """
     from ..rig import runner
+    from ..rig.live import Live
 
     try:
-        report = runner.run(shim or shutil.which(OURS) or SHIM, command or runner.HELLO, **options)
+        with Live(quiet=as_json) as live:
+            report = runner.run(shim or shutil.which(OURS) or SHIM, command or runner.HELLO, watcher=live, **options)
     except OSError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(125)
-    click.echo(report.json() if as_json else report.text())
+    click.echo(report.json() if as_json else f"\n{report.end(live.width)}")
     sys.exit(report.status)
 
 

@@ -52,8 +52,8 @@ class ${stem}Task(RuncTask):
 
 
 class $cls(RuncShim):
-    def create_task_service(self, publisher):
-        return ${stem}Task(publisher, self.exit)
+    def task_class(self):
+        return ${stem}Task
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..bootstrap import Flags, Invocation, StartOpts
     from ..publisher import RemotePublisher
     from ..task import Task
+    from .service import RuncTask
 
 # A container with one of these joins the shim of its group; the first that is there counts.
 GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
@@ -51,6 +52,8 @@ def grouping(spec: dict[str, Any], id: str) -> str:
 class RuncShim(Shim):
     """containerd-shim-runc-v2-py."""
 
+    _task: RuncTask | None = None
+
     def start_shim(self, opts: StartOpts) -> str:
         """The address of the shim that serves this container: a new daemon's, or that of its group's."""
         from ..daemon import spawn
@@ -73,13 +76,19 @@ class RuncShim(Shim):
         from ..protos import anys, events_pb2, runc_options_pb2, task_pb2  # noqa: F401
         from . import features, service  # noqa: F401
 
-    def create_task_service(self, publisher: RemotePublisher) -> Task:
+    def task_class(self) -> type[RuncTask]:
+        """The class that answers the Task API: RuncTask, or what a derived shim makes of it."""
         from .service import RuncTask
 
-        self._task = RuncTask(publisher, self.exit)
+        return RuncTask
+
+    def create_task_service(self, publisher: RemotePublisher) -> Task:
+        self._task = self.task_class()(publisher, self.exit)
         return self._task
 
     def register_services(self, server: Server, publisher: RemotePublisher) -> None:
+        if self._task is None:
+            return  # a derived shim with another service of its own: there are no pods in it
         from .sandbox import register
 
         register(server, self._task.sandbox)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shimcore.rig.activate import GENERATIONS, ActivationError, Activator
+from shimcore.rig.live import Live
 from shimcore.rig.runner import HELLO, run
 from shimcore.rig.session import SHIM
 
@@ -63,21 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 125
         return 0
     try:
-        report = run(
-            shim,
-            options.command or HELLO,
-            generation=options.generation,
-            runtime=options.runtime,
-            rootfs=options.rootfs.absolute() if options.rootfs else None,
-            env=options.env,
-            cwd=options.cwd,
-            timeout=options.timeout,
-            debug=options.debug,
-        )
+        with Live(quiet=options.json) as live:
+            report = run(
+                shim,
+                options.command or HELLO,
+                generation=options.generation,
+                runtime=options.runtime,
+                rootfs=options.rootfs.absolute() if options.rootfs else None,
+                env=options.env,
+                cwd=options.cwd,
+                timeout=options.timeout,
+                debug=options.debug,
+                watcher=live,
+            )
     except OSError as error:
         print(error, file=sys.stderr)
         return 125
-    print(report.json() if options.json else report.text())
+    print(report.json() if options.json else f"\n{report.end(live.width)}")
     return report.status
 
 

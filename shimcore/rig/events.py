@@ -95,6 +95,8 @@ class Events:
         self.mode = DOWN
         self.malformed: list[str] = []
         self.refused: list[Event] = []
+        #: Called with each event that is taken, on the thread of its connection, before it is answered.
+        self.came: Callable[[Event], None] = lambda event: None
         self._refusals: list[int] = []
         self._path = path
         self._all: list[Event] = []
@@ -327,4 +329,5 @@ class Events:
                 return codec.encode_response(code=code, message="refused")
             self._all.append(event)
             self._changed.notify_all()
+        self.came(event)
         return codec.encode_response()

@@ -6,6 +6,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _KEPT = 64 << 20
@@ -22,6 +23,8 @@ class Reader:
         self.path = path
         self.chunks: list[tuple[int, bytes]] = []
         self.dropped = 0
+        #: Called with each chunk that is kept, on the reader's thread.
+        self.came: Callable[[int, bytes], None] = lambda at, data: None
         self._size = 0
         self._ended = threading.Event()
         # Non-blocking, for otherwise the open waits for a writer. poll(2) on a FIFO that never had a writer
@@ -69,6 +72,7 @@ class Reader:
             else:
                 self._size += len(data)
                 self.chunks.append((time.monotonic_ns(), data))
+                self.came(*self.chunks[-1])
 
 
 class Stdio:
