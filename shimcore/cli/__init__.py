@@ -45,6 +45,6 @@ def completion(shell: str) -> None:
 
 for command in (
     look.ps, look.inspect, look.dump, look.metrics, look.doctor,
-    put.new, put.install, put.uninstall, drive.run, drive.conform, completion,
+    put.new, put.install, put.uninstall, drive.run, drive.conform, drive.bench, completion,
 ):  # fmt: skip
     main.add_command(command)

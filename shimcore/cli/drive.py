@@ -1,8 +1,9 @@
-"""run, conform: a shim without containerd."""
+"""run, conform, bench: a shim without containerd."""
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import click
 
-from .out import F, binaries, binary_argument, fail, json_option, print_json
+from .out import F, binaries, binary_argument, fail, json_option, print_json, table
 
 # As shimcore.rig has them, which is not imported before it is needed: it costs what completion should not take.
 OURS, SHIM = "containerd-shim-runc-v2-py", "containerd-shim-runc-v2"
@@ -80,3 +81,67 @@ def conform(shim: str, runtime: str, generation: str, only: tuple[str, ...], as_
     else:
         click.echo(f"\n{shim}: {len(results) - failed} of {len(results)} passed")
     sys.exit(failed > 0)
+
+
+@click.command(short_help="Shims side by side: how long does each take?")
+@json_option
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Containers of each.")
+@click.option("--runtime", default="", help="OCI runtime binary; each shim's own choice by default.")
+@click.option("--generation", type=click.Choice(["1.6", "1.7", "2.3"]), default=None, help="By default the oldest each takes.")
+@click.option("--plain", is_flag=True, help="Shims made with shimcore start without their warm template.")
+@click.argument("shims", nargs=-1, required=True, shell_complete=binaries, metavar="SHIM...")
+def bench(shims: tuple[str, ...], rounds: int, runtime: str, generation: str | None, plain: bool, as_json: bool) -> None:
+    """Run containers under each SHIM (a path or name) alternately, and compare the times of each step with the first SHIM's."""
+    from ..rig import compare
+
+    def seen(done: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r\x1b[Kround {done} of {rounds}{'' if done < rounds else chr(10)}", nl=False, err=True)
+
+    try:
+        sides = compare.compare(shims, rounds=rounds, runtime=runtime, generation=generation or "", plain=plain, seen=seen)
+    except (OSError, RuntimeError) as error:
+        fail(error)
+    first = sides[0]
+    ratios = {(side.name, what): side.median(what) / first.median(what) for side in sides for what in compare.WHAT}
+    if as_json:
+        print_json(
+            {
+                "rounds": rounds,
+                "shims": [
+                    {
+                        "name": side.name,
+                        "path": side.path,
+                        "generation": side.generation,
+                        "left": side.left,
+                        "times": {
+                            what: {"median": side.median(what), "p99": side.p99(what), "ratio": ratios[side.name, what]}
+                            for what in compare.WHAT
+                        },
+                    }
+                    for side in sides
+                ],
+            }
+        )
+        return
+    for number, side in enumerate(sides, 1):
+        click.echo(f"{number}: {side.path}, started as containerd {side.generation} does")
+    click.echo(f"\n{rounds} containers of each, in turn; ms, and the ratio of medians to 1\n")
+    heads = [[f"{number} median", "p99", *(["ratio"] if number > 1 else [])] for number in range(1, len(sides) + 1)]
+    rows = [["", *(word for head in heads for word in head)]]
+    for what in compare.WHAT:
+        row = [what]
+        for side in sides:
+            row += [f"{side.median(what):.2f}", f"{side.p99(what):.2f}"]
+            row += [] if side is first else [f"{ratios[side.name, what]:.2f}"]
+        rows.append(row)
+    table(rows, right=range(1, len(rows[0])))
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > 2 * cores:
+        click.echo(f"\nnote: the load average is {load:.0f} on {cores} cores: what else runs here blurs the ratios")
+    for side in sides:
+        for line in side.left:
+            click.echo(f"left behind by {side.name}: {line}")
+    click.echo()
+    for what, meaning in compare.WHAT.items():
+        click.echo(f"{what:13} {meaning}")
