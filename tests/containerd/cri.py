@@ -87,6 +87,8 @@ def config(root: Path, version: tuple[int, int]) -> str:
     newer = version >= (2, 0)
     plugin = "io.containerd.cri.v1.runtime" if newer else "io.containerd.grpc.v1.cri"
     text = (HEAD + (CRI_3 if newer else CRI_2)).format(root=root, pause=PAUSE, cni=CNI, version=3 if newer else 2)
+    # As a user's file is made of it: what stands in deploy/, without its version.
+    text += "".join((REPO / f"deploy/containerd-v{3 if newer else 2}.toml").read_text().splitlines(keepends=True)[3:])
     for name, (runtime, sandboxer) in HANDLERS.items():
         if sandboxer and not newer:
             continue

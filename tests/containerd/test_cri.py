@@ -106,6 +106,13 @@ def test_cri_a_pod_from_run_to_remove(cri: Cri, new_pod: NewPod) -> None:
     assert pod.state == "SANDBOX_NOTREADY"
 
 
+@pytest.mark.parametrize("handler", ["shimcore", "shimcore-sandbox"])
+def test_the_handlers_of_deploy(new_pod: NewPod, handler: str) -> None:
+    pod = new_pod()
+    made = pod.run("hello", "echo hello from a shim in Python; exit 4")
+    assert pod.wait(made) == 4
+
+
 def test_cri_exit_codes(new_pod: NewPod) -> None:
     pod = new_pod()
     made = [pod.run(f"n{code}", f"exit {code}") for code in (0, 1, 42)]
