@@ -29,7 +29,7 @@ def test_two_shims_side_by_side(ours: str) -> None:
     for shim in told["shims"]:
         assert shim["left"] == [] and list(shim["times"]) == list(WHAT)
         times = shim["times"]
-        assert all(0 < one["median"] and one["ratio"] > 0 for one in times.values())
+        assert all(one["median"] > 0 and one["ratio"] > 0 for one in times.values())
         assert times["create"]["median"] > times["start"]["median"], "the one holds the other"
         assert times[RATE]["p99"] <= times[RATE]["median"] and times["exec"]["p99"] >= times["exec"]["median"]
     assert {one["ratio"] for one in told["shims"][0]["times"].values()} == {1.0}

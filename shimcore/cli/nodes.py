@@ -20,7 +20,7 @@ TIMEOUT = 5.0  # seconds for a shim to answer
 
 @dataclass
 class Shim:
-    """One shim's daemon. debug: its debug socket, "" where it has none, as other people's shims."""
+    """One shim's daemon. debug: its debug socket, "" where it has none, as other people's shims; socket: that of its Task API."""
 
     pid: int
     name: str
@@ -28,6 +28,7 @@ class Shim:
     id: str
     bundle: str
     debug: str = ""
+    socket: str = ""
     told: dict[str, Any] = field(default_factory=dict)  # its dump, once asked
 
 
@@ -82,7 +83,7 @@ def _sockets_of(pid: int) -> set[str]:
 
 def shims() -> list[Shim]:
     """Every shim's daemon whose process we may look at, ours and other people's, oldest pid first."""
-    debug = {inode: path for path, inode in listeners().items() if path.endswith(DEBUG_SUFFIX)}
+    paths = {inode: path for path, inode in listeners().items()}
     found = []
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         words = _words(pid)
@@ -90,8 +91,35 @@ def shims() -> list[Shim]:
         name = next((name.removesuffix(".py") for name in names if NAME.fullmatch(name)), "")
         if not name or "-id" not in words or words[-1] in ("start", "delete"):
             continue
-        socket_path = next((debug[inode] for inode in _sockets_of(pid) if inode in debug), "")
-        found.append(Shim(pid, name, _flag(words, "namespace"), _flag(words, "id"), _link(f"/proc/{pid}/cwd"), socket_path))
+        listening = sorted(paths[inode] for inode in _sockets_of(pid) if inode in paths)
+        debug = next((path for path in listening if path.endswith(DEBUG_SUFFIX)), "")
+        task = next((path for path in listening if not path.endswith(DEBUG_SUFFIX)), "")
+        bundle = _link(f"/proc/{pid}/cwd")
+        found.append(Shim(pid, name, _flag(words, "namespace"), _flag(words, "id"), bundle, debug, task))
+    return found
+
+
+def containers(shim: Shim) -> list[str]:
+    """The ids of the containers that a shim serves.
+
+    As it tells itself; of one that can't be asked, the bundles beside its own that name the same address: shims write it into
+    `address`, containerd 2.x into bootstrap.json.
+    """
+    if look(shim).told:
+        return sorted({one["container"] for one in shim.told["processes"] if not one["exec"]})
+    found = [shim.id]
+    try:
+        beside = sorted(path for path in Path(shim.bundle).parent.iterdir() if path.name != shim.id)
+    except OSError:
+        return found
+    for bundle in beside:
+        for name in ("address", "bootstrap.json"):
+            try:
+                if shim.socket and shim.socket in (bundle / name).read_text(errors="replace"):
+                    found.append(bundle.name)
+                    break
+            except OSError:
+                continue
     return found
 
 
