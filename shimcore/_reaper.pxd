@@ -23,6 +23,7 @@ cdef extern from "core/process.h" nogil:
     enum:
         SC_AT_FORK, SC_AT_CHDIR, SC_AT_FDS, SC_AT_EXEC
     int sc_kernel_check()
+    int sc_set_environment(const char *block, size_t n)
     void sc_bound_malloc() nogil
     int sc_set_title(const char *args, size_t nargs, const char *env, size_t nenv, const char *name)
     int sc_set_subreaper(bint on)

@@ -76,6 +76,9 @@ def watch_readers(file: int) -> int:
 def set_limits(limits: Sequence[tuple[int, int]]) -> None:
     """(soft, hard) of each resource limit, by number, -1 for none; those that differ are set. Raises OSError."""
 
+def set_environment(block: bytes) -> None:
+    """libc's environment is these strings, each with its NUL; os.environ is not told. Only while there is one thread."""
+
 def bound_malloc() -> None:
     """Two arenas at most for glibc's malloc (mallopt(3)): the exit thread's, and one for all others. Elsewhere nothing."""
 

@@ -108,6 +108,10 @@ def set_title(bytes args, bytes env, str name):
     checked(sc_set_title(args, len(args), env, len(env), name.encode()), "prctl")
 
 
+def set_environment(bytes block):
+    checked(sc_set_environment(block, len(block)), "environment")
+
+
 def bound_malloc():
     sc_bound_malloc()
 

@@ -27,11 +27,13 @@ _CONNECTION_FD = 64  # the lowest number that the connection may have: below are
 _SIGKILL = 9
 
 
-def entitle(arguments: list[str]) -> None:
-    """Have these arguments, here and in /proc, where the environment is shown, too. Where that is not allowed, ps shows what was
-    there before."""
+def entitle(arguments: list[str], show: bool = True) -> None:
+    """Have these arguments, here and, with `show`, in /proc, where the environment is shown, too. Where that is not allowed, ps
+    shows what was there before."""
     sys.orig_argv = [*daemon.command(), *arguments]
     sys.argv[1:] = arguments
+    if not show:
+        return
     args = b"".join(os.fsencode(word) + b"\0" for word in sys.orig_argv)
     env = b"".join(name + b"=" + value + b"\0" for name, value in os.environb.items())
     try:

@@ -108,12 +108,13 @@ def _dress(request: Request) -> None:
     os.umask(request.umask)
     os.dup2(request.stdin, 0)
     os.close(request.stdin)
-    os.environ.clear()
-    for line in request.environ:
-        name, equals, value = os.fsdecode(line).partition("=")
-        if name and equals:
-            os.environ[name] = value
-    entitle([os.fsdecode(word) for word in request.argv[1:]])
+    pairs = [(name, value) for name, equals, value in [line.partition(b"=") for line in request.environ] if name and equals]
+    _reaper.set_environment(b"".join(name + b"=" + value + b"\0" for name, value in pairs))
+    known: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]  # its methods would tell libc one by one
+    known.clear()
+    known.update(pairs)
+    arguments = [os.fsdecode(word) for word in request.argv[1:]]
+    entitle(arguments, show=arguments[-1:] != ["start"])  # ps is told by the daemon that it becomes in a millisecond
 
 
 def _write_oom_score_adj(value: int) -> None:
@@ -128,6 +129,7 @@ def _rehearse(spare: bool) -> None:
     import _socket
 
     from . import _ttrpc, bootstrap
+    from .address import socket_address
     from .publisher import RemotePublisher
     from .task import Task, register
     from .util import json_loads
@@ -154,6 +156,7 @@ def _rehearse(spare: bool) -> None:
     invocation = bootstrap.parse_invocation(arguments, {"TTRPC_ADDRESS": "/t"})
     invocation.start_opts()
     bootstrap.encode_address("unix:///a", invocation.generation)
+    socket_address("/a", "n", "i")
     core = _reaper.Core("n", "")
     server = _ttrpc.Server(core)
     register(server, Task())

@@ -60,6 +60,8 @@ void sc_run_first(void);
 
 /* What /proc/self/cmdline, environ and comm say; both blocks are NUL-terminated strings one after the other. For
  * processes with one thread. -EINVAL on kernels without CONFIG_CHECKPOINT_RESTORE. */
+/* environ is `block` now: strings with their NULs. putenv(3) and its like work on it. Not while other threads run. */
+int sc_set_environment(const char *block, size_t n);
 /* Two arenas at most for malloc: the main thread's and one for all others, where each thread would have its own. */
 void sc_bound_malloc(void);
 int sc_set_title(const char *args, size_t nargs, const char *env, size_t nenv, const char *name);

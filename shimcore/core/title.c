@@ -8,6 +8,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
+#include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -41,11 +43,14 @@ int sc_set_title(const char *args, size_t nargs, const char *env, size_t nenv, c
 {
     static char *was;
     static size_t was_len;
-    unsigned long long stat[LAST - FIRST + 1];
+    /* What is read does not change, in a fork neither. */
+    static unsigned long long stat[LAST - FIRST + 1];
+    static bool known;
     size_t len = nargs + nenv;
-    int r = nargs ? read_stat(stat) : -EINVAL;
+    int r = nargs ? known ? 0 : read_stat(stat) : -EINVAL;
     if (r < 0)
         return r;
+    known = true;
     char *block = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (block == MAP_FAILED)
         return -errno;
@@ -76,4 +81,32 @@ int sc_set_title(const char *args, size_t nargs, const char *env, size_t nenv, c
     was = block;
     was_len = len;
     return prctl(PR_SET_NAME, (unsigned long)name, 0, 0, 0) < 0 ? -errno : 0;
+}
+
+int sc_set_environment(const char *block, size_t n)
+{
+    static char *kept;
+    static char **list;
+    size_t count = 0, at = 0;
+    if (n && block[n - 1])
+        return -EINVAL;
+    for (size_t i = 0; i < n; i++)
+        count += !block[i];
+    char *copy = malloc(n ? n : 1), **pointers = malloc((count + 1) * sizeof *pointers);
+    if (!copy || !pointers) {
+        free(copy);
+        free(pointers);
+        return -ENOMEM;
+    }
+    memcpy(copy, block, n);
+    for (size_t i = 0; i < n; i += strlen(copy + i) + 1)
+        pointers[at++] = copy + i;
+    pointers[at] = NULL;
+    clearenv(); /* what the libraries have allocated for it is theirs to forget */
+    environ = pointers;
+    free(kept);
+    free(list);
+    kept = copy;
+    list = pointers;
+    return 0;
 }
