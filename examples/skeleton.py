@@ -36,17 +36,22 @@ class SkeletonTask(Task):
         self.publisher.publish(TOPIC_CREATE, events.TaskCreate(container_id=request.id, bundle=request.bundle))
         return api.CreateTaskResponse()
 
+    def command(self, bundle, spec):
+        return spec["process"]["args"], spec["process"].get("cwd")
+
     def start(self, request, context):
         slot = self.slot(request)
-        process = util.read_spec(slot.cookie.bundle)["process"]
+        spec = util.read_spec(slot.cookie.bundle)
+        process = spec["process"]
+        argv, cwd = self.command(slot.cookie.bundle, spec)
         env = dict(item.split("=", 1) for item in process.get("env", []))
         outputs = {1: slot.cookie.stdout, 2: slot.cookie.stderr}
         # O_RDWR: a FIFO opens at once, whether or not its reader is there.
         fds = {fd: os.open(path, os.O_RDWR | os.O_CLOEXEC) for fd, path in outputs.items() if path}
         try:
-            pid, pidfd = spawn_process(process["args"], env=env, cwd=process.get("cwd"), fds=fds, new_session=True)
+            pid, pidfd = spawn_process(argv, env=env, cwd=cwd, fds=fds, new_session=True)
         except OSError as error:
-            raise errors.InvalidArgument(f"{process['args'][0]}: {error.strerror}") from None
+            raise errors.InvalidArgument(f"{argv[0]}: {error.strerror}") from None
         finally:
             for fd in fds.values():
                 os.close(fd)

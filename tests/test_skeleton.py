@@ -15,6 +15,7 @@ from shimcore.address import remove_socket
 from shimcore.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from shimcore.rig import Rig, Session
 from shimcore.testing import Install
+from tests.containerd.daemon import Containerd
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "skeleton.py"
 
@@ -148,3 +149,11 @@ def test_the_shim_dies_and_delete_cleans_up(rig: Rig) -> None:
     # This example does not know what its dead shim had made.
     os.kill(pid, signal.SIGKILL)
     remove_socket(session.started.address)
+
+
+def test_under_containerd(containerd: Containerd, binary: str) -> None:
+    """ctr run of a plain process, which sees the host's files."""
+    words = ("run", "--rm", "--runtime", binary, "--rootfs", "/", "skeleton-plain", "/bin/sh", "-c", "echo $0 here; exit 5")
+    done = containerd.ctr(*words, check=False)
+    assert (done.returncode, done.stdout) == (5, "/bin/sh here\n"), done.stderr
+    assert containerd.tasks() == {}
