@@ -131,6 +131,13 @@ bench-ttrpc: build ## ttrpc servers under one load: ours with a Python handler, 
 bench-ttrpc-clients: build ## ttrpc clients on one bare C server: ours, Go's and Rust's
 	@$(PY) -m benchmarks.ttrpc.clients $(ARGS)
 
+.PHONY: docs
+DOCS := build/docs-venv
+docs: build ## the documentation's site, from docs/*.md and the docstrings, in build/site
+	@test -x $(DOCS)/bin/mkdocs || { $(PYTHON) -m venv $(DOCS) && \
+		$(DOCS)/bin/pip install -q --disable-pip-version-check 'mkdocs>=1.6,<2' 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.16'; }
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict && echo "the site is in build/site"
+
 MATRIX ?= v1.7.35 v2.1.9 v2.4.2
 matrix: build ## the containerd suite under Debian's containerd and newer ones (MATRIX="v2.4.2 …", needs Go); writes docs/matrix.md
 	@tools/deps containernetworking-plugins

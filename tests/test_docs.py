@@ -31,3 +31,27 @@ def test_tests_that_are_named_are_there(page: str, where: str) -> None:
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob(where))
     assert names
     assert [name for name in names if f"def {name}(" not in sources] == []
+
+
+def test_the_sites_pages_are_there() -> None:
+    nav = re.findall(r"^ *- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert len(nav) == len(set(nav)) and set(nav) == pages
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_between_pages(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / "docs" / link).exists()] == []
+
+
+def test_modules_of_the_api_page_are_there() -> None:
+    import importlib
+
+    text = (ROOT / "docs" / "api.md").read_text()
+    blocks = re.findall(r"^::: (\S+)\n(?:    options:\n      members: \[(.*)\])?", text, re.MULTILINE)
+    assert blocks
+    for name, members in blocks:
+        module = importlib.import_module(name)
+        assert [member for member in members.split(", ") if member and not hasattr(module, member)] == []
