@@ -165,6 +165,12 @@ wheels: deps ## build wheels with zig and try them (ARGS="--suite trixie": with 
 churn: build ## thousands of short lives with calls given up at random, about 5 minutes (ARGS="--count N --seed S", --help)
 	@$(PY) tools/churn.py $(ARGS)
 
+# The stock shim is Debian's; Rust's: cargo install containerd-runc-shim --root DIR.
+PEERS ?= stock=/usr/bin/containerd-shim-runc-v2
+.PHONY: compare
+compare: build ## the same trials against other shims (PEERS="name=path@generation …"); writes docs/comparison.md
+	@$(PY) tools/compare.py $(PEERS)
+
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)
 

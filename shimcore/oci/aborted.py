@@ -7,8 +7,9 @@ ends when its parent does, unless it runs a hook; `runc delete --force` then rem
 from __future__ import annotations
 
 import os
+import time
 
-from .. import cgroup, logger
+from .. import cgroup, logger, mount
 from .._reaper import pidfd_open, pidfd_send_signal
 from ..errors import ShimError
 from ..util import read_spec
@@ -19,6 +20,17 @@ STATE_FILES = ("state.json", "status")
 # Rounds of SIGKILL, each followed by a wait of at most so many seconds for the deaths: new processes come while we list.
 ROUNDS = 10
 DEATH_TIMEOUT = 0.2
+# Seconds before a cgroup is tried again that is busy though nobody is listed in it: the first time; then twice as long each time.
+BUSY_FIRST = 0.001
+
+
+def clear_mounts(state_dir: str) -> None:
+    """Unmount what runc has mounted in the directory of its state: for a moment its own binary, read-only. Killed then, it leaves
+    it, and could not remove the directory."""
+    try:
+        mount.umount_recursive(state_dir)
+    except (OSError, ShimError) as error:
+        logger.warn("what a runtime has mounted can't be unmounted", directory=state_dir, error=error)
 
 
 def clear_half_made(state_dir: str, bundle: str) -> None:
@@ -50,7 +62,7 @@ def clear_half_made(state_dir: str, bundle: str) -> None:
 
 
 def _clear(directory: str) -> None:
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         try:
             pids = cgroup.cgroup_procs(directory)
         except ShimError:  # it has gone
@@ -66,6 +78,8 @@ def _clear(directory: str) -> None:
                 break
         else:
             return
+        if not pids:  # the kernel lets go of the dead a little later, and v1 tells nobody when
+            time.sleep(BUSY_FIRST * 2**number)
     raise last
 
 

@@ -13,7 +13,7 @@ from .._reaper import RUNNING, TOLD
 from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, ShimError, Unimplemented
 from ..publisher import TOPIC_CREATE, TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXEC_STARTED, TOPIC_START
 from . import runc, stdio
-from .aborted import clear_half_made
+from .aborted import clear_half_made, clear_mounts
 from .container import SIGKILL, Container
 from .control import Control, empty, state_of
 from .process import ExecFiles, Process, check_id, exec_spec
@@ -152,6 +152,7 @@ class RuncTask(Control):
 
     async def _uncreate(self, container: Container, called: bool) -> None:
         if called:
+            await jobs.in_pool(clear_mounts, container.runtime.state_dir(container.id))
             await jobs.in_pool(clear_half_made, container.runtime.state_dir(container.id), container.bundle)
             try:
                 argv = container.runtime.delete(container.id, force=True)

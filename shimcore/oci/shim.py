@@ -111,12 +111,13 @@ class RuncShim(Shim):
             pid = read_pid_from_file(os.path.join(bundle, INIT_PID_FILE))
         except (OSError, ShimError):
             pid = 0
-        from .aborted import clear_half_made
+        from .aborted import clear_half_made, clear_mounts
 
         # Without its state the runtime has nothing to delete, and is not asked: it has been done by the shim,
         # mostly.
         state_dir = runtime.state_dir(id)
         if os.path.isdir(state_dir):
+            clear_mounts(state_dir)
             clear_half_made(state_dir, bundle)
             pid = _kill_init(state_dir) or pid
             _run_delete(runtime, id, os.path.join(bundle, LOG_FILE))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -190,9 +192,10 @@ class Watch:
 
 # red: a runtime call that outlives its shim makes the container when `delete` has been
 @pytest.mark.parametrize("step", ["begin", "made", "end"])
-def test_C12_the_shim_dies_in_mid_create(lab_shim: Path, session_root: Path, step: str) -> None:
+def test_C12_the_shim_dies_in_mid_create(shim_dir: Path, session_root: Path, step: str) -> None:
     runtime = FakeRuntime(session_root / f"f{os.urandom(3).hex()}")
-    with runtime, Rig(lab_shim, runtime=str(runtime.binary), rootfs=Path("/"), env=runtime.environment) as rig:
+    shim = shim_dir / "containerd-shim-runc-v2-py"
+    with runtime, Rig(shim, runtime=str(runtime.binary), rootfs=Path("/"), env=runtime.environment) as rig:
         container = rig.container(["@sleep"])
         runtime.rule("create", f"{step} hold")
         creating = Later(lambda: container.create(timeout=60))
@@ -244,6 +247,19 @@ def test_C12_the_shim_dies_while_runc_creates(rig: Rig, tmp_path: Path, hook: st
     hooked.let_go()
     assert left == []
     assert not list(rig.root.glob("runc/*/*"))
+
+
+# red: `delete` without clear_mounts
+def test_C12_a_mount_of_runcs_own_is_removed(rig: Rig) -> None:
+    """runc mounts its binary in its state directory for a moment, at every create and exec; killed then, it leaves that."""
+    container = rig.container(["sleep", "1000"])
+    container.create()
+    container.kill_shim()
+    (state,) = rig.root.glob(f"runc/*/{container.id}")
+    (state / "runc.mounted").touch()
+    subprocess.run(["mount", "--bind", shutil.which("runc") or "", str(state / "runc.mounted")], check=True)
+    container.cleanup()
+    assert rig.leaks.mounts() == [] and not state.exists()
 
 
 # red: _uncreate without clear_half_made

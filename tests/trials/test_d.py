@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from google.protobuf.any_pb2 import Any
 
-from shimcore.errors import NotFound
 from shimcore.protos import anys, bootstrap_pb2
 from shimcore.protos.runc_options_pb2 import Options
 from shimcore.rig import ActivationError, Rig, Session
@@ -98,9 +97,11 @@ def test_D2_stdin_is_not_understood(rig: Rig, kind: str) -> None:
     assert not rig.bundle_path(id).exists()
 
 
-def other(rig: Rig, annotations: dict[str, str], version: int) -> Session:
+def other(rig: Rig, annotations: dict[str, str], version: int = 0) -> Session:
+    """version: of the Task service; the one that `start` has named when 0."""
     container = rig.container(["sh", "-c", "exit 6"], annotations=annotations)
-    container.task.service = f"containerd.task.v{version}.Task"
+    if version:
+        container.task.service = f"containerd.task.v{version}.Task"
     return container
 
 
@@ -108,7 +109,7 @@ def other(rig: Rig, annotations: dict[str, str], version: int) -> Session:
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("name", GROUPS, ids=["alone", "group", "sandbox"])
 def test_D4_groups_and_versions(shim_dir: Path, rootfs: Path, name: str | None, version: int) -> None:
-    with Rig(shim_dir / "containerd-shim-runc-v2-py", rootfs=rootfs, generation="2.3") as rig:
+    with Rig(shim_dir / "containerd-shim-runc-v2-py", rootfs=rootfs) as rig:
         group = {name: f"pod-{uuid.uuid4().hex[:8]}"} if name else {}
         containers = [other(rig, group, version) for _ in range(3)]
         assert len({container.shim_pid for container in containers}) == (1 if name else 3)
@@ -129,10 +130,10 @@ def test_D4_groups_and_versions(shim_dir: Path, rootfs: Path, name: str | None, 
 def test_D4_the_group_comes_before_the_sandbox(shim_dir: Path, rootfs: Path) -> None:
     with Rig(shim_dir / "containerd-shim-runc-v2-py", rootfs=rootfs) as rig:
         group = f"pod-{uuid.uuid4().hex[:8]}"
-        first = other(rig, {GROUPS[1]: group, GROUPS[2]: "a"}, 2)  # type: ignore[dict-item]
-        second = other(rig, {GROUPS[1]: group, GROUPS[2]: "b"}, 2)  # type: ignore[dict-item]
+        first = other(rig, {GROUPS[1]: group, GROUPS[2]: "a"})  # type: ignore[dict-item]
+        second = other(rig, {GROUPS[1]: group, GROUPS[2]: "b"})  # type: ignore[dict-item]
         assert first.shim_pid == second.shim_pid
-        with pytest.raises(NotFound):
-            second.task.state()
-        first.end()
-        second.end()
+        for container in (first, second):
+            assert container.run() == 6
+        first.delete()
+        second.delete()
