@@ -41,6 +41,7 @@ cdef extern from "core/buf.h" nogil:
     ctypedef struct sc_buf:
         uint8_t *p
         size_t len
+    void sc_buf_free(sc_buf *b)
     ctypedef struct sc_slice:
         const uint8_t *p
         size_t n
@@ -56,6 +57,7 @@ cdef extern from "core/exits.h" nogil:
         SC_RESERVED, SC_OPENED, SC_BOUND, SC_EXITED, SC_TOLD, SC_DROPPED
         SC_CREATED, SC_RUNNING, SC_STOPPED, SC_PAUSED, SC_PAUSING
         SC_STAMPS
+        SC_PAST
     ctypedef struct sc_note:
         sc_note *next
         int kind
@@ -156,6 +158,9 @@ cdef extern from "core/exits.h" nogil:
     int sc_slot_teardown_done(sc_slot *s)
     int sc_outbox_spill(sc_core *c, const char *path, int64_t cap)
     int sc_outbox_keep(sc_core *c)
+    uint64_t sc_past_wait(sc_core *c, uint64_t after, int64_t timeout_ns)
+    bint sc_past_get(sc_core *c, uint64_t number, sc_buf *out)
+    void sc_past_end(sc_core *c)
     int sc_slot_drop(sc_slot *s)
     int sc_slot_forget(sc_slot *s)
     int sc_slot_kill(sc_slot *s, int sig)

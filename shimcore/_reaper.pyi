@@ -232,6 +232,13 @@ class Core:
     def notes(self, timeout: float | None = None) -> list[tuple[Any, ...]]:
         """Block for notes and take them all; for a process with no RPC thread. timeout in seconds, None: no limit."""
     def stats(self) -> dict[str, int]: ...
+    def events(self, after: int = 0, timeout: float = 0.0) -> list[tuple[int, bytes | None]]:
+        """The last events queued for containerd (at most 128) with a number above `after`, which is counted from 1: each with the
+        ttrpc Request that holds it, None for one that was too long to be kept.
+
+        Waits up to `timeout` seconds while there is none. Blocks without the interpreter's lock."""
+    def end_events(self) -> None:
+        """From now on `events` waits for nothing."""
     def stamps(self) -> list[tuple[str, str, int, int, int, int, int]]:
         """The last exits told: (container_id, exec_id, pid, reaped, recorded, sent, acknowledged).
 

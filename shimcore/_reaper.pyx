@@ -4,7 +4,7 @@
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 import os
 
@@ -846,3 +846,29 @@ cdef class Core:
         finally:
             free(copy)
         return out
+
+    def events(self, after=0, timeout=0.0):
+        cdef uint64_t number = after, count
+        cdef int64_t ns = <int64_t>(float(timeout) * 1e9)
+        cdef sc_buf buf
+        cdef bint there
+        cdef list out = []
+        memset(&buf, 0, sizeof(buf))
+        with nogil:
+            count = sc_past_wait(self.p, number, ns)
+        number = min(number, count)
+        if count - number > SC_PAST:
+            number = count - SC_PAST
+        try:
+            while number < count:
+                number += 1
+                with nogil:
+                    there = sc_past_get(self.p, number, &buf)
+                out.append((number, (<const char *>buf.p)[:buf.len] if there else None))
+        finally:
+            sc_buf_free(&buf)
+        return out
+
+    def end_events(self):
+        with nogil:
+            sc_past_end(self.p)

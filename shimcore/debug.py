@@ -11,6 +11,7 @@ from . import logger
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
+    from _thread import LockType
 
     from ._reaper import Core
     from ._ttrpc import Server
@@ -24,7 +25,10 @@ class Debug:
     socket: path of the task socket; "": it has none, so there is no debug socket either. bundle: absolute path of the first
     container's bundle."""
 
-    __slots__ = ("_listener", "bundle", "core", "id", "namespace", "runtime_id", "server", "socket", "started", "task")
+    __slots__ = (
+        "_listener", "bundle", "core", "ending", "followers", "id", "namespace", "runtime_id", "server", "socket", "started",
+        "task",
+    )  # fmt: skip
 
     def __init__(
         self, core: Core, server: Server, task: Task, *, runtime_id: str, flags: Flags, bundle: str, socket: str
@@ -39,6 +43,8 @@ class Debug:
         self.socket = socket
         self.started = time.time()
         self._listener: _socket.socket | None = None
+        self.followers: list[LockType] = []  # held while somebody is being told what is new
+        self.ending = False
 
     def listen(self) -> None:
         """Bind the debug socket. A shim serves without one where it can't be had, and logs that."""
@@ -92,6 +98,10 @@ class Debug:
             os.unlink(self.socket + DEBUG_SUFFIX)
         except OSError:
             pass
+        if self.followers:
+            from .follow import end
+
+            end(self)
         # Left open: a thread of the pool may be accepting on it, and the process is about to end.
 
 

@@ -268,7 +268,7 @@ def respond(about: Debug, request: bytes) -> bytes:
         return _reply("200 OK", "application/json", dump_json(about), method == "HEAD")
     if path == "/metrics":
         return _reply("200 OK", CONTENT_TYPE, metrics(about), method == "HEAD")
-    return _reply("404 Not Found", plain, b"there are /dump and /metrics\n", method == "HEAD")
+    return _reply("404 Not Found", plain, b"there are /dump, /metrics, /events and /log\n", method == "HEAD")
 
 
 def _serve_one(about: Debug, peer: _socket.socket) -> None:
@@ -286,7 +286,12 @@ def _serve_one(about: Debug, peer: _socket.socket) -> None:
         if not piece:
             break
         request += piece
-    peer.sendall(respond(about, request))
+    from . import follow
+
+    if follow.wanted(request):
+        follow.begin(about, peer, request)
+    else:
+        peer.sendall(respond(about, request))
 
 
 def answer(about: Debug, listener: _socket.socket) -> None:

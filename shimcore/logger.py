@@ -20,6 +20,7 @@ from _thread import RLock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _thread import LockType
     from collections.abc import Mapping
     from signal import SIG_BLOCK, SIG_SETMASK, SIGPIPE, pthread_sigmask, sigtimedwait
 else:  # the module signal wraps these in enums
@@ -29,6 +30,8 @@ OFF, ERROR, WARN, INFO, DEBUG, TRACE = range(6)
 LEVEL_ENV = "SHIMCORE_LOG"
 # Linux's PIPE_BUF; select.PIPE_BUF would cost an import.
 MAX_LINE = 4096
+# Lines that are kept for whoever asks.
+RECENT_MAX = 128
 # Room kept for the text when the fields are long.
 _MIN_MSG = 1024
 
@@ -122,10 +125,11 @@ class Logger:
     """A log of one FIFO (or file). Any thread may use it; no method raises.
 
     path: str, resolved now, since an author may chdir later; None logs nowhere. level: OFF to TRACE. fields:
-    on every line. Counters: `written` and `dropped` lines; those below the level are neither.
+    on every line. Counters: `written` and `dropped` lines; those below the level are neither. recent: the last lines, of which
+    `count` have been in all, for whoever asks the shim; waiting: locks, released when there is another.
     """
 
-    __slots__ = ("_fd", "_lock", "_reported", "dropped", "fields", "level", "path", "written")
+    __slots__ = ("_fd", "_lock", "_reported", "count", "dropped", "fields", "level", "path", "recent", "waiting", "written")
 
     def __init__(self, path: str | None, level: int = INFO, **fields: object) -> None:
         self.path: str | None = path
@@ -139,6 +143,9 @@ class Logger:
         self.written = 0
         self.dropped = 0
         self._reported = 0
+        self.recent: list[bytes] = []
+        self.count = 0
+        self.waiting: list[LockType] = []
         self._fd = -1
         self._lock = RLock()
 
@@ -155,13 +162,33 @@ class Logger:
             lost = self.dropped - self._reported
             if lost:
                 extra["dropped"] = lost
-            if self._write(format_line(level, msg, extra, time.time_ns())):
+            line = format_line(level, msg, extra, time.time_ns())
+            self._keep(line)
+            if self._write(line):
                 self.written += 1
                 self._reported += lost
                 return
         except Exception:  # an author's __str__, the stack's end, no memory: never the caller's trouble
             pass
         self.dropped += 1
+
+    def _keep(self, line: bytes) -> None:
+        with self._lock:
+            if len(self.recent) >= RECENT_MAX:
+                del self.recent[: RECENT_MAX // 2]
+            self.recent.append(line)
+            self.count += 1
+        for lock in self.waiting:
+            try:
+                lock.release()
+            except RuntimeError:  # it has been already
+                pass
+
+    def lines(self, after: int) -> tuple[int, list[bytes]]:
+        """(count, the lines with a number above `after`, counted from 1, that are still kept)."""
+        with self._lock:
+            new = max(self.count - max(after, 0), 0)
+            return self.count, self.recent[-new:] if new else []
 
     def _write(self, line: bytes) -> bool:
         fd = self._fd

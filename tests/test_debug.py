@@ -189,7 +189,7 @@ def test_many_may_ask(lab: Lab) -> None:
     before = lab.process()["fds"]
     for _ in range(scale(100, 1000)):
         assert ask(lab, "/metrics")[0] == 200
-    assert lab.process()["fds"] == before
+    until(lambda: lab.process()["fds"] == before)  # the last one's is closed after it was answered
 
 
 # --- crashes

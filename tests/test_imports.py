@@ -27,6 +27,7 @@ LAW = [
     {"flags", "windows"},
     {"debug"},
     {"dump"},
+    {"follow"},
     {"address"},
     {"task"},
     {"state"},

@@ -168,6 +168,12 @@ typedef struct {
     int64_t reaped, recorded, sent, acked; /* ns of CLOCK_MONOTONIC, 0: not yet */
 } sc_stamp;
 
+enum { SC_PAST = 128 };
+typedef struct {
+    uint8_t *body; /* the ttrpc Request of an event; NULL: not kept */
+    size_t len;
+} sc_past;
+
 typedef struct {
     uint64_t told, orphans, stolen, overdue, jobs, jobs_timed_out, events, acked, rejected, unsent, reconnects, by_number, notes, recorded,
         unrecorded, record_late, ooms, teardown_late, spilled, dropped;
@@ -219,6 +225,10 @@ struct sc_core {
     sc_outbox outbox;
     sc_stamp *stamps;
     uint64_t stamp_count;
+    sc_past *past; /* the last events */
+    uint64_t past_count;
+    bool past_over; /* nobody waits for more */
+    pthread_cond_t news; /* there is one more */
     sc_stats stats;
     pthread_mutex_t mail_lock;
     sc_note *mail, **mail_tail;
@@ -280,6 +290,14 @@ void sc_outbox_push(sc_core *, sc_event *); /* under the lock */
 bool sc_outbox_empty(const sc_core *);      /* under the lock */
 void sc_outbox_pump(sc_core *);             /* under the lock, exit thread */
 sc_stamp *sc_stamp_of(sc_core *, uint64_t stamp);
+
+/* past.c */
+void sc_past_keep(sc_core *, const sc_event *); /* under the lock */
+/* Until there are more than `after`, sc_past_end, or the time is over; how many there have been. */
+uint64_t sc_past_wait(sc_core *, uint64_t after, int64_t timeout_ns);
+bool sc_past_get(sc_core *, uint64_t number, sc_buf *out); /* false: overwritten since, or not kept */
+void sc_past_end(sc_core *);
+void sc_past_free(sc_core *);
 
 /* job.c */
 sc_job *sc_job_start(sc_core *, const sc_spawn_args *, size_t cap, int64_t timeout_ns, void *cookie, int *err, int *at);

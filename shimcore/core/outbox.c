@@ -145,6 +145,7 @@ void sc_outbox_push(sc_core *c, sc_event *e)
 {
     sc_outbox *o = &c->outbox;
     c->stats.events++;
+    sc_past_keep(c, e);
     if (!o->address) { /* no containerd was named: `delete`, or a test */
         c->stats.unsent++;
         free(e);

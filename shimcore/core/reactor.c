@@ -107,6 +107,7 @@ sc_core *sc_core_new(const char *ns, const char *events_address)
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&c->drained, &attr);
+    pthread_cond_init(&c->news, &attr);
     pthread_condattr_destroy(&attr);
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->mail_lock, NULL);
@@ -219,10 +220,12 @@ void sc_core_free(sc_core *c)
     free(c->left);
     free(c->heap);
     free(c->stamps);
+    sc_past_free(c);
     free(c->ns);
     pthread_mutex_destroy(&c->lock);
     pthread_mutex_destroy(&c->mail_lock);
     pthread_cond_destroy(&c->drained);
+    pthread_cond_destroy(&c->news);
     free(c);
 }
 

@@ -135,6 +135,11 @@ def chdir(task: LabTask, path: str) -> None:
 
 
 @offered
+def log(task: LabTask, text: str) -> None:
+    logger.info(text)
+
+
+@offered
 def log_to(task: LabTask, path: str) -> int:
     """The log goes there from now on; how many lines the one before has dropped."""
     return logger.set_logger(logger.Logger(path)).dropped
