@@ -34,10 +34,11 @@ class Sides:
         return names[turn:] + names[:turn]
 
     def of_template(self) -> list[int]:
-        """The pids of the template and its spares."""
+        """The pids of the template and its spares: daemons are its children, too, but each leads a session of its own."""
         found = templates(self.templates)
         for pid in list(found):
-            found += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            found += [child for child in children if os.getsid(child) == os.getsid(pid)]
         return list(dict.fromkeys(found))
 
 
