@@ -25,7 +25,10 @@ def test_a_program_prints_what_is_said(page: str, tmp_path: Path) -> None:
 
 
 # Page -> where its tests are.
-@pytest.mark.parametrize(("page", "where"), [("ttrpc.md", "test_ttrpc_*.py"), ("stdio.md", "test_oci_*.py")])
+@pytest.mark.parametrize(
+    ("page", "where"),
+    [("ttrpc.md", "test_ttrpc_*.py"), ("stdio.md", "test_oci_*.py"), ("security.md", "test_template*.py")],
+)
 def test_tests_that_are_named_are_there(page: str, where: str) -> None:
     names = re.findall(r"`(test_\w+)`", (ROOT / "docs" / page).read_text())
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob(where))
