@@ -55,12 +55,12 @@ class Task:
                 self._end(end.value, None)
                 return
             except BaseException as exc:  # SystemExit of a handler must not end the thread
-                # An error whose traceback holds this frame, and this frame the error, would live until a collection, and with it
-                # the handler's context and its connection.
-                error = None
                 self._end(None, exc)
                 return
-            value = error = None
+            finally:
+                # An error whose traceback holds this frame or its caller's, and that frame the error, would live until a
+                # collection, and with it the handler's context and its connection.
+                value = error = None
             try:
                 ready = op.begin(self)
             except BaseException as exc:
@@ -182,8 +182,9 @@ class _InPool(Op):
             try:
                 value = fn(*args)
             except BaseException as exc:
-                # By default, not in a cell: this frame, which the traceback holds, must not hold the error.
-                task.core.post(lambda error=exc: task.step(None, error))
+                # Popped: neither this frame nor that of the lambda, which the traceback holds, may hold the error (see step).
+                box = [exc]
+                task.core.post(lambda: task.step(None, box.pop()))
             else:
                 task.core.post(lambda: task.step(value))
 

@@ -64,7 +64,9 @@ class _Ready(Op):
     def resume(self, error: BaseException | None = None) -> None:
         task, self._task = self._task, None
         if task is not None:
-            task.step(None, error)
+            box = [error]
+            del error  # this frame may be in its traceback (see Task.step)
+            task.step(None, box.pop())
 
     def over(self) -> None:
         if self._alarm is not None:

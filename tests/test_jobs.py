@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
-from collections.abc import Awaitable, Coroutine, Generator, Iterator
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,47 @@ def test_in_pool(loop: Loop) -> None:
 
     assert loop.one(jobs.in_pool(work, 3, 4)) == 7
     assert where[0] not in (threading.get_ident(), loop.thread.ident)
+
+
+class Held:
+    """Something that a handler has, as its context."""
+
+
+async def _caught(held: Held) -> None:
+    try:
+        await jobs.in_pool(os.stat, "/nonexistent")
+    except FileNotFoundError:
+        pass
+
+
+async def _raised(held: Held) -> None:
+    await jobs.in_pool(os.stat, "/nonexistent")
+
+
+async def _not_started(held: Held) -> None:
+    try:
+        await jobs.run_job(["/nonexistent"], timeout=1)
+    except OSError:
+        pass
+
+
+# red: `step` keeps the error that it has thrown, or `in_pool` the one that it has got, in a frame of its traceback
+@pytest.mark.parametrize("body", [_caught, _raised, _not_started])
+def test_an_error_keeps_nothing_until_a_collection(loop: Loop, body: Callable[[Held], Coroutine[Any, Any, None]]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        held = Held()
+        gone = weakref.ref(held)
+        ended: list[bool] = []
+        jobs.Task(loop.core, body(held), lambda value, error: ended.append(True)).step()
+        del held
+        while not ended:
+            loop.turn()
+        loop.one(jobs.in_pool(int, "5"))  # the pool's thread has done with what came before
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_in_pool_raises_where_it_is_awaited(loop: Loop) -> None:
