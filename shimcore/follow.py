@@ -111,11 +111,11 @@ def _log(about: Debug, after: int, timeout: float) -> tuple[int, list[bytes]]:
 
 def _gone(peer: _socket.socket) -> bool:
     import _socket
+    from select import POLLIN, poll
 
-    try:
-        return not peer.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
-    except (BlockingIOError, InterruptedError):
-        return False
+    poller = poll()  # recv would wait for as long as a send may, be it told not to
+    poller.register(peer.fileno(), POLLIN)
+    return bool(poller.poll(0)) and not peer.recv(1, _socket.MSG_PEEK)
 
 
 def _follow(

@@ -99,6 +99,15 @@ def test_followed_to_the_shims_end(new_lab: Callable[..., Lab]) -> None:
         assert list(topics) == [(4, "/tasks/delete")]
 
 
+def test_followed_when_nothing_comes_for_a_while(new_lab: Callable[..., Lab]) -> None:
+    """red: a look after the peer that blocks, and takes its own time limit for the peer's leaving"""
+    lab = new_lab()
+    with Following(debug_path(lab), "/events?follow") as following:
+        box = lab.box("long", ["/bin/sleep", str(4 * follow.TICK + follow.SEND_TIMEOUT)])
+        assert [topic for _, (_, topic) in zip(range(3), following.topics(), strict=False)][-1] == "/tasks/exit"
+        assert box.status() == 0
+
+
 def test_the_log_is_kept_and_followed(new_lab: Callable[..., Lab]) -> None:
     lab = new_lab(debug=True)
     status, kind, body = ask(lab, "/log")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import re
 import socket
+import struct
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from ..address import DEBUG_SUFFIX
 # containerd makes a shim's name from the runtime's: io.containerd.runc.v2 -> containerd-shim-runc-v2.
 NAME = re.compile(r"containerd-shim-[^/]+-v\d[^/]*")
 TIMEOUT = 5.0  # seconds for a shim to answer
+LISTEN_TIMEOUT = 0.5  # seconds from a socket's binding to its listening
 
 
 @dataclass
@@ -150,6 +155,57 @@ def ask(shim: Shim, path: str) -> bytes:
     if response.status != 200:
         raise NoAnswer(f"{shim.name} (pid {shim.pid}) answers {response.status}: {body.decode(errors='replace').strip()}")
     return body
+
+
+class Lines:
+    """Lines of what a debug socket goes on to tell, until the shim ends. A context manager. pid: the shim's.
+
+    Raises NoAnswer where nobody listens, or the answer is not 200.
+    """
+
+    def __init__(self, path: str, target: str) -> None:
+        self._connection = _Connection(path)
+        try:
+            self._connect()
+            self.pid: int = struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            self._connection.request("GET", target)
+            self._response = self._connection.getresponse()
+            self._socket.settimeout(None)
+            if self._response.status == 404:
+                raise NoAnswer(f"the shim of pid {self.pid} is of an older shimcore: it does not tell this")
+            if self._response.status != 200:
+                why = self._response.read().decode(errors="replace").strip()
+                raise NoAnswer(f"the shim of pid {self.pid} answers {self._response.status}: {why}")
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise NoAnswer(f"nobody answers on {path}: {error}") from None
+        except NoAnswer:
+            self._connection.close()
+            raise
+
+    def _connect(self) -> None:
+        """A socket that is bound may not listen yet, for an instant."""
+        until = time.monotonic() + LISTEN_TIMEOUT
+        while True:
+            try:
+                self._connection.connect()
+            except ConnectionRefusedError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.001)
+            else:
+                self._socket = self._connection.sock
+                return
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._connection.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        with contextlib.suppress(OSError):  # the shim was killed: what it told is all that there is
+            yield from self._response
 
 
 def look(shim: Shim) -> Shim:

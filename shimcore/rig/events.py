@@ -38,6 +38,12 @@ _KINDS: dict[str, type[Message]] = {
 }  # fmt: skip
 
 
+def message_of(packed: Any) -> Any:
+    """The event in an envelope's Any; the Any itself when it is of a kind that is not known here. Raises DecodeError."""
+    kind = _KINDS.get(anys.name(packed))
+    return kind.FromString(packed.value) if kind else packed
+
+
 class EventError(Exception):
     """No such event came in time; the text lists those that did."""
 
@@ -303,8 +309,7 @@ class Events:
             if (request.service, request.method) != (SERVICE, "Forward"):
                 return codec.encode_response(code=12, message=f"{request.service}/{request.method}")
             envelope = forward_pb2.ForwardRequest.FromString(request.payload).envelope
-            kind = _KINDS.get(anys.name(envelope.event))
-            message = kind.FromString(envelope.event.value) if kind else envelope.event
+            message = message_of(envelope.event)
         except (codec.DecodeError, ProtobufDecodeError) as error:
             with self._changed:
                 self.malformed.append(str(error))
