@@ -54,7 +54,12 @@ def test_G8_every_shim_is_found_and_asked_without_containerd(lab: Lab, rootfs: P
     # By the shim's pid, its id, and a container that it serves beside.
     for name in (str(lab.pid), f"{lab.rig.namespace}/lab", "found"):
         assert json.loads(cli("dump", name))["pid"] == lab.pid
-    assert cli("metrics", "found").endswith("# EOF\n")
+    text = cli("metrics", "found")
+    assert text.endswith("# EOF\n")
+    told = {one["name"]: one for one in json.loads(cli("metrics", "found", "--json"))}
+    assert told["shimcore_exits_total"]["value"] >= 1 and told["shimcore_exits_total"]["labels"]["id"] == "lab"
+    assert set(told) == {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}
+    assert json.loads(cli("dump", "found", "--json"))["pid"] == lab.pid
     text = cli("inspect", "found")
     assert f"pid {lab.pid}" in text
     rows_of = [line.split() for line in text.splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -51,6 +52,7 @@ def _summary(shim: nodes.Shim) -> dict[str, Any]:
 
 @click.command(short_help="The whole state of one shim.")
 @shim_argument
+@click.option("--json", is_flag=True, expose_value=False, help="It is JSON always.")
 def dump(shim: str) -> None:
     """The whole state of one SHIM (container id, or pid) as JSON; see docs/debugging.md."""
     try:
@@ -59,14 +61,41 @@ def dump(shim: str) -> None:
         fail(error)
 
 
+_SAMPLE = re.compile(r"(\w+)(?:\{(.*)\})? (\S+)$")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+def samples(text: str) -> list[dict[str, Any]]:
+    """name, labels and value of each line of OpenMetrics text that is a sample."""
+    matches = [_SAMPLE.match(line) for line in text.splitlines() if not line.startswith("#")]
+    return [
+        {
+            "name": match[1],
+            "labels": {name: re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], value) for name, value in _labels(match)},
+            "value": float(match[3]),
+        }
+        for match in matches
+        if match
+    ]
+
+
+def _labels(match: re.Match[str]) -> list[tuple[str, str]]:
+    return _LABEL.findall(match[2] or "")
+
+
 @click.command(short_help="The metrics of one shim, as OpenMetrics text.")
 @shim_argument
-def metrics(shim: str) -> None:
+@json_option
+def metrics(shim: str, as_json: bool) -> None:
     """The metrics of one SHIM (container id, or pid) as OpenMetrics text."""
     try:
-        click.echo(nodes.ask(nodes.choose(shim, nodes.shims()), "/metrics"), nl=False)
+        text = nodes.ask(nodes.choose(shim, nodes.shims()), "/metrics")
     except nodes.NoAnswer as error:
         fail(error)
+    if as_json:
+        print_json(samples(text.decode()))
+    else:
+        click.echo(text, nl=False)
 
 
 @click.command(short_help="The processes and last exits of one shim.")
