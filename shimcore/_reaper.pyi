@@ -191,7 +191,8 @@ class Core:
         """Open init's slot of a new container, before the runtime is asked. state: the constant fields of its StateResponse,
         serialized. Raises AlreadyExists."""
     def reserve(self, container_id: str, exec_id: str, state: bytes = b"") -> Slot:
-        """Reserve an exec id. Raises NotFound (no such container) or AlreadyExists."""
+        """Reserve an exec id or, with "", the id of a container whose init Start will make. Raises NotFound (no such container),
+        AlreadyExists."""
     def find(self, container_id: str, exec_id: str = "") -> Slot | None: ...
     def slots(self) -> list[Slot]: ...
     def publish(self, topic: str, type_url: str, payload: bytes, container_id: str = "", exec_id: str = "") -> None:

@@ -615,9 +615,9 @@ cdef class Core:
         if r == -ENOENT:
             raise NotFound(f"container {container_id} not found")
         if r == -EEXIST:
-            raise AlreadyExists(f"exec {exec_id} of container {container_id} already exists")
-        if r == -EINVAL:
-            raise ValueError("exec_id is empty")
+            raise AlreadyExists(
+                f"exec {exec_id} of container {container_id} already exists" if exec_id else f"container {container_id} already exists"
+            )
         checked(r, "malloc")
         return self.wrap(p, container_id, exec_id)
 

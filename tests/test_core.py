@@ -152,7 +152,7 @@ def test_the_life_of_a_slot(core: _reaper.Core) -> None:
         core.reserve("c", "x")
     with pytest.raises(NotFound):
         core.reserve("d", "x")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(AlreadyExists, match="container c already exists"):
         core.reserve("c", "")
     assert execution.phase == _reaper.RESERVED
     before = time.time_ns()

@@ -172,20 +172,20 @@ int sc_slot_open_init(sc_core *c, const char *id, const uint8_t *state, size_t n
 
 int sc_slot_reserve(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n, sc_slot **out)
 {
-    if (!*exec_id)
-        return -EINVAL;
     sc_slot *s = new_slot(c, id, exec_id, state, n);
     if (!s)
         return -ENOMEM;
     sc_lock(c);
-    sc_slot *init = find(c, id, "");
-    int r = !init ? -ENOENT : find(c, id, exec_id) ? -EEXIST : 0;
+    sc_slot *init = *exec_id ? find(c, id, "") : NULL;
+    int r = *exec_id && !init ? -ENOENT : find(c, id, exec_id) ? -EEXIST : 0;
     if (r == 0) {
         s->phase = SC_RESERVED;
-        s->init = init;
-        sc_slot_ref(init);
-        s->sibling = init->execs;
-        init->execs = s;
+        if (init) {
+            s->init = init;
+            sc_slot_ref(init);
+            s->sibling = init->execs;
+            init->execs = s;
+        }
         insert(c, s);
     }
     sc_unlock(c);
@@ -204,7 +204,7 @@ int sc_slot_open(sc_slot *s)
     int r = 0;
     if (s->phase != SC_RESERVED)
         r = -EINVAL;
-    else if (s->init->phase != SC_BOUND)
+    else if (s->init && s->init->phase != SC_BOUND)
         r = -ESRCH;
     else
         opened(c, s);

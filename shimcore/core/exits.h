@@ -3,7 +3,8 @@
  * A slot is a process of a container: its init (exec_id "") or an exec. Its life:
  *
  *   reserved ──▶ opened ──▶ bound ──▶ exited ──▶ told
- *      (execs)      │         (pid)    (reaped)
+ *   (no process     │         (pid)    (reaped)
+ *     before Start) │
  *                   └──▶ dropped   the runtime failed and there is no pid
  *
  * Rules, each kept by the function named:
@@ -32,7 +33,8 @@ void sc_slot_timers_clear(sc_core *, sc_slot *); /* under the lock */
 void sc_slot_ref(sc_slot *);
 void sc_slot_unref(sc_slot *);
 int sc_slot_open_init(sc_core *, const char *id, const uint8_t *state, size_t n, sc_slot **out);                       /* -EEXIST */
-int sc_slot_reserve(sc_core *, const char *id, const char *exec_id, const uint8_t *state, size_t n, sc_slot **out); /* -EEXIST -ENOENT */
+/* An exec, or with exec_id "" an init that Start restores from a checkpoint. -EEXIST -ENOENT */
+int sc_slot_reserve(sc_core *, const char *id, const char *exec_id, const uint8_t *state, size_t n, sc_slot **out);
 int sc_slot_open(sc_slot *);           /* -ESRCH: init has exited; -EINVAL: not reserved */
 int sc_slot_bind(sc_slot *, pid_t);    /* -EINVAL: not opened */
 int sc_slot_announce(sc_slot *, sc_event *); /* takes the event, which may be NULL */

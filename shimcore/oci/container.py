@@ -35,7 +35,8 @@ class Container:
     and CloseIO do without: the exit table itself refuses what comes too early or too late."""
 
     __slots__ = (
-        "bundle", "cgroup", "cgroups", "deleted", "execs", "id", "init", "lock", "log_read", "lost", "mounted", "namespace",
+        "bundle", "cgroup", "cgroups", "checkpoint", "deleted", "execs", "id", "init", "lock", "log_read", "lost", "mounted",
+        "namespace",
         "options", "pid_readings", "policy", "private_pids", "readings", "ready", "rootfs", "runtime", "spill_folder",
     )  # fmt: skip
 
@@ -60,6 +61,7 @@ class Container:
         self.lost = Lost(lost)
         self.spill_folder = ""
         self.ready = False  # Create has been answered with success
+        self.checkpoint = ""  # the folder of the checkpoint that Start makes it from
         self.deleted: task_pb2.DeleteResponse | None = None
 
     @property

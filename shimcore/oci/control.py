@@ -1,5 +1,5 @@
 """The part of the task service that works on a container that is there: Kill, Pids, CloseIO, Pause, Resume,
-Update, Stats."""
+Update, Stats, Checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .. import jobs, state
 from .._reaper import DROPPED, OPENED, PAUSED, PAUSING, RESERVED, RUNNING, TOLD
 from ..errors import DeadlineExceeded, InvalidArgument, NotFound, ShimError, Unknown
 from ..protos import anys
-from ..publisher import TOPIC_PAUSED, TOPIC_RESUMED
+from ..publisher import TOPIC_CHECKPOINTED, TOPIC_PAUSED, TOPIC_RESUMED
 from ..task import Task
 from . import runc
 from .container import SIGKILL, Container
@@ -195,6 +195,30 @@ class Control(Task):
         response = task_pb2.StatsResponse()
         response.stats.type_url, response.stats.value = url, value
         return response
+
+    async def checkpoint(self, request: task_pb2.CheckpointTaskRequest, context: Context) -> Empty:
+        from . import checkpoint
+
+        container = self.container(request.id)
+        wanted = checkpoint.options_of(request.options.type_url, request.options.value)
+        path = request.path or wanted.image_path or container.options.criu_image_path
+        if not path.startswith("/"):
+            raise InvalidArgument(f"checkpoint to {path!r}, which is not an absolute path")
+        kept = wanted.work_path or container.options.criu_work_path
+        async with container.lock:
+            self.check(container, state.CHECKPOINT)
+            work = checkpoint.work_folder(container.bundle, kept)
+            argv = checkpoint.checkpoint_argv(container.runtime, container.options, wanted, container.id, path, work)
+            try:
+                await self.call(container, context, "OCI runtime checkpoint failed", checkpoint.TIMEOUT, argv)
+            except Unknown as error:
+                raise await jobs.in_pool(checkpoint.explain, error, work, "dump.log", container.bundle) from None
+            finally:
+                if not kept:
+                    await jobs.in_pool(checkpoint.clear, work)
+            event = events_pb2.TaskCheckpointed(container_id=container.id, checkpoint=path)
+            self.publisher.publish(TOPIC_CHECKPOINTED, event, container.id)
+        return empty()
 
     # --- runtime calls
 

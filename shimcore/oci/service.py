@@ -8,15 +8,15 @@ exit is published here: the core does that, and calls on_exit when it has.
 
 from __future__ import annotations
 
-from .. import jobs, logger, state
-from .._reaper import RUNNING, TOLD
-from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, ShimError, Unimplemented
+from .. import jobs, state
+from .._reaper import DROPPED, RESERVED, RUNNING, TOLD
+from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, ShimError
 from ..publisher import TOPIC_CREATE, TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXEC_STARTED, TOPIC_START
 from . import runc, stdio
-from .aborted import clear_half_made, clear_mounts
 from .container import SIGKILL, Container
-from .control import Control, empty, state_of
+from .control import empty, state_of
 from .process import ExecFiles, Process, check_id, exec_spec
+from .restore import Restore, create_event
 from .sandbox import Sandbox
 
 TYPE_CHECKING = False
@@ -39,7 +39,7 @@ DRAIN_TIMEOUT = 10.0
 ORPHAN_TIMEOUT = 10.0
 
 
-class RuncTask(Control):
+class RuncTask(Restore):
     """containerd.task.v2.Task and v3 for the containers of one shim, which may be one container or a pod."""
 
     def __init__(self, publisher: RemotePublisher, exit: ExitSignal) -> None:
@@ -84,10 +84,11 @@ class RuncTask(Control):
         check_id(request.id, "container id")
         if not request.bundle.startswith("/"):
             raise InvalidArgument(f"bundle {request.bundle!r} is not an absolute path")
-        if request.checkpoint:
-            raise Unimplemented("restoring a checkpoint is not implemented")
+        if request.checkpoint and not request.checkpoint.startswith("/"):
+            raise InvalidArgument(f"checkpoint {request.checkpoint!r} is not an absolute path")
         stdio.check(request.stdin, request.stdout, request.stderr)
-        slot = self.core.open(request.id, _constant_state(request, request.bundle))
+        constant = _constant_state(request, request.bundle)
+        slot = self.core.reserve(request.id, "", constant) if request.checkpoint else self.core.open(request.id, constant)
         init = Process(slot, request.bundle, request.stdin, request.stdout, request.stderr, terminal=request.terminal)
         container = Container(request.id, self.namespace, request.bundle, init, self.lost)
         slot.cookie = init
@@ -113,6 +114,8 @@ class RuncTask(Control):
                 await jobs.in_pool(self.sandbox.add_mounts, container.bundle)
             options = request.options
             await jobs.in_pool(container.prepare, options.type_url, options.value, request.rootfs)
+            if request.checkpoint:
+                return self.created(container, request, context)
             called = True
             argv = container.runtime.create(
                 container.id,
@@ -136,29 +139,14 @@ class RuncTask(Control):
             raise
         # From here on there is a process, whose exit will be told: nothing below may fail.
         container.ready = True
-        container.init.io_started(self.core, container.policy, container.lost, container.spill_folder)
-        if not container.private_pids and container.cgroup:
-            slot.set_kill_rest(container.cgroup + "/cgroup.procs")
-        event = events_pb2.TaskCreate(
-            container_id=container.id,
-            bundle=container.bundle,
-            rootfs=request.rootfs,
-            io=events_pb2.TaskIO(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal),
-            checkpoint=request.checkpoint,
-            pid=pid,
-        )
+        self.begun(container)
+        event = create_event(request, pid)
         slot.announce(TOPIC_CREATE, event.DESCRIPTOR.full_name, event.SerializeToString())
         return pid
 
     async def _uncreate(self, container: Container, called: bool) -> None:
         if called:
-            await jobs.in_pool(clear_mounts, container.runtime.state_dir(container.id))
-            await jobs.in_pool(clear_half_made, container.runtime.state_dir(container.id), container.bundle)
-            try:
-                argv = container.runtime.delete(container.id, force=True)
-                await jobs.run_job(argv, timeout=runc.DELETE_TIMEOUT, cap=runc.OUTPUT_CAP)
-            except OSError as error:
-                logger.warn("the runtime can't be started", id=container.id, error=error)
+            await self.delete_by_force(container)
         await jobs.in_pool(container.unprepare)
 
     async def _end_if_unused(self) -> None:
@@ -180,6 +168,8 @@ class RuncTask(Control):
     async def _start_init(self, container: Container, context: Context) -> int:
         self.check(container, state.START)
         slot = container.init.slot
+        if slot.phase == RESERVED:
+            return await self.restore(container, context)
         topic = type_url = ""
         payload = b""
         # Held, the exit of an init that dies at once is told after TaskStart, or after it is known that there
@@ -273,7 +263,7 @@ class RuncTask(Control):
     async def _delete_init(self, container: Container, context: Context) -> task_pb2.DeleteResponse:
         slot = container.init.slot
         self.check(container, state.DELETE)
-        if slot.phase != TOLD:
+        if slot.phase not in (TOLD, RESERVED, DROPPED):
             await self._kill_unstarted(container)
         result = await self.run(context, runc.DELETE_TIMEOUT, container.runtime.delete(container.id))
         if result.status != 0:

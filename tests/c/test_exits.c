@@ -299,7 +299,7 @@ static void duplicates(void)
     sc_slot *s = new_init("c"), *none;
     CHECK_EQ(sc_slot_open_init(core, "c", NULL, 0, &none), -EEXIST);
     CHECK_EQ(sc_slot_reserve(core, "other", "x", NULL, 0, &none), -ENOENT);
-    CHECK_EQ(sc_slot_reserve(core, "c", "", NULL, 0, &none), -EINVAL);
+    CHECK_EQ(sc_slot_reserve(core, "c", "", NULL, 0, &none), -EEXIST);
     sc_slot *x;
     CHECK_EQ(sc_slot_reserve(core, "c", "x", NULL, 0, &x), 0);
     CHECK_EQ(sc_slot_reserve(core, "c", "x", NULL, 0, &none), -EEXIST);
@@ -340,6 +340,37 @@ static void a_reserved_exec(void)
     forget(init);
     CHECK_EQ(rig_fired(&w).status, 255);
     sc_slot_unref(x);
+}
+
+/* An init that is made in Start only: it can be deleted before, its exit comes after what announces it, and it can fail. */
+static void a_reserved_init(void)
+{
+    sc_slot *s, *x;
+    rig_waiter w;
+    CHECK_EQ(sc_slot_reserve(core, "r", "", NULL, 0, &s), 0);
+    CHECK_EQ(sc_slot_kill(s, SIGTERM), -EINVAL);
+    CHECK_EQ(sc_slot_reserve(core, "r", "x", NULL, 0, &x), 0);
+    CHECK_EQ(sc_slot_open(x), -ESRCH); /* nothing runs in it yet */
+    forget(x);
+    forget(s);
+    CHECK_EQ(sc_slot_reserve(core, "r", "", NULL, 0, &s), 0);
+    rig_waiter_init(&w);
+    CHECK_EQ(sc_slot_wait(core, "r", "", &w.w, 0), 0);
+    CHECK_EQ(sc_slot_open(s), 0);
+    CHECK_EQ(sc_slot_open(s), -EINVAL);
+    CHECK_EQ(sc_slot_forget(s), -EBUSY);
+    rig_process p = rig_orphan();
+    CHECK_EQ(sc_slot_bind(s, p.pid), 0);
+    CHECK_EQ(sc_slot_announce(s, rig_make_event("/tasks/start", "r", "")), 0);
+    rig_end(&p, 3);
+    told(s);
+    CHECK_EQ(rig_fired(&w).status, 3);
+    forget(s);
+    CHECK_EQ(sc_slot_reserve(core, "r", "", NULL, 0, &s), 0);
+    CHECK_EQ(sc_slot_open(s), 0);
+    CHECK_EQ(sc_slot_drop(s), 0);
+    CHECK_EQ(sc_slot_open(s), -EINVAL);
+    forget(s);
 }
 
 static void many_slots(void)
@@ -565,7 +596,7 @@ static void random_lives(void)
 #define BODIES(X) \
     X(one_life) X(killed_by_a_signal) X(dead_before_it_is_bound) X(dead_long_before_it_is_bound) \
     X(dead_before_it_is_announced) X(holds) X(dropped) X(init_waits_for_its_execs) X(the_wait_for_execs_is_bounded) \
-    X(the_rest_is_killed) X(duplicates) X(a_reserved_exec) X(many_slots) X(waits) X(state) \
+    X(the_rest_is_killed) X(duplicates) X(a_reserved_exec) X(a_reserved_init) X(many_slots) X(waits) X(state) \
     X(a_wait_that_is_too_late) X(random_lives)
 BODIES(LED)
 
