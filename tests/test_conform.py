@@ -44,14 +44,14 @@ def test_what_fails_is_said(wrong: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "status", "said"),
     [
-        (["--only", "nothing", "{}"], "no such trial: nothing"),
-        (["--generation", "9", "{}"], "generation '9' is none of 1.6, 1.7, 2.3"),
-        (["{}-not-there"], "not-there"),
+        (["--only", "nothing", "{}"], 1, "no such trial: nothing"),
+        (["--generation", "9", "{}"], 2, "'9' is not one of '1.6', '1.7', '2.3'"),  # 2: of the command line, as click has it
+        (["{}-not-there"], 1, "not-there"),
     ],
 )
-def test_what_can_not_be_run(wrong: Path, args: list[str], said: str) -> None:
+def test_what_can_not_be_run(wrong: Path, args: list[str], status: int, said: str) -> None:
     done = command(*(arg.format(wrong) for arg in args))
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("Error: ") and said in done.stderr
+    assert done.returncode == status and done.stdout == ""
+    assert "Error: " in done.stderr and said in done.stderr

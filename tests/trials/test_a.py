@@ -21,7 +21,6 @@ import pytest
 from shimcore import ledger
 from shimcore.errors import FailedPrecondition, NotFound, ShimError
 from shimcore.rig import DOWN, FROZEN, MUTE, UP, Gate
-from shimcore.rig.leaks import alive
 from tests.faults import FULL, Box, Lab, Later, scale, together, until
 
 RUNNING, STOPPED = 2, 3  # containerd.v1.types.Status
