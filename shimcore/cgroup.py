@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 
 from . import mountinfo
-from .errors import InvalidArgument, NotFound, ShimError
+from .errors import FailedPrecondition, InvalidArgument, NotFound, ShimError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def add_task_to_cgroup(path: str, pid: int) -> list[str]:
 
     For the runc option shim_cgroup, which names a cgroup that the administrator has made: nothing is created.
     Raises InvalidArgument (an empty path, or .. in it), NotFound (no hierarchy has it, or no such process),
-    OSError.
+    FailedPrecondition (a cpuset that has not been set up), OSError.
     """
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
@@ -248,6 +248,12 @@ def add_task_to_cgroup(path: str, pid: int) -> list[str]:
             _write(os.path.join(directory, "cgroup.procs"), str(pid))
         except ProcessLookupError:
             raise NotFound(f"no process {pid}") from None
+        except OSError as error:
+            from errno import ENOSPC
+
+            if error.errno != ENOSPC:
+                raise
+            raise FailedPrecondition(f"{directory} takes no process: set its cpuset.cpus and cpuset.mems first") from None
         joined.append(directory)
     if not joined:
         raise NotFound(f"no hierarchy has the cgroup {path}")
