@@ -27,13 +27,24 @@ def test_a_program_prints_what_is_said(page: str, tmp_path: Path) -> None:
 # Page -> where its tests are.
 @pytest.mark.parametrize(
     ("page", "where"),
-    [("ttrpc.md", "test_ttrpc_*.py"), ("stdio.md", "test_oci_*.py"), ("security.md", "test_template*.py")],
+    [
+        ("ttrpc.md", "test_ttrpc_*.py"),
+        ("stdio.md", "test_oci_*.py"),
+        ("security.md", "test_template*.py"),
+        ("differences.md", "test_*.py"),
+    ],
 )
 def test_tests_that_are_named_are_there(page: str, where: str) -> None:
     names = re.findall(r"`(test_\w+)`", (ROOT / "docs" / page).read_text())
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob(where))
     assert names
     assert [name for name in names if f"def {name}(" not in sources] == []
+
+
+def test_each_difference_names_its_test() -> None:
+    page = (ROOT / "docs" / "differences.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.endswith("| test |")]
+    assert rows and [row for row in rows if not re.search(r"\| `test_\w+` \|$", row)] == []
 
 
 def test_the_sites_pages_are_there() -> None:

@@ -574,6 +574,20 @@ def test_update_hands_the_resources_to_the_runtime(rig: Rig) -> None:
     assert (rig.path / "resources").read_bytes() == value
 
 
+def test_a_signal_takes_no_runtime_call(rig: Rig) -> None:
+    rig.create()
+    rig.start()
+    rig.exec("e")
+    rig.start(exec_id="e")
+    before = rig.calls()
+    rig.kill(exec_id="e")
+    rig.told(exec_id="e")
+    rig.kill(all=True)
+    rig.told()
+    assert rig.calls() == before
+    rig.delete()
+
+
 def test_a_signal_that_is_none(rig: Rig) -> None:
     rig.create()
     with pytest.raises(InvalidArgument):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import select
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,6 +209,13 @@ def test_check() -> None:
         check("", "/x", "binary:///x")
     with pytest.raises(InvalidArgument):
         check("", "http://x", "")
+
+
+@pytest.mark.parametrize("uri", ["ttrpc+unix:///run/containerd/c.sock.ttrpc?streaming_id=1", "vsock://2:1"])
+def test_a_scheme_that_is_not_known_is_named(uri: str) -> None:
+    for names in ((uri, "", ""), ("", uri, ""), ("", "", uri)):
+        with pytest.raises(InvalidArgument, match=re.escape(f"unknown scheme of stdio {uri!r}")):
+            check(*names)
 
 
 def test_the_same_fifo_twice(fifos: tuple[str, str, str]) -> None:
