@@ -99,6 +99,8 @@ def _template(directory: Path) -> Iterator[Finding]:
         found = directory.lstat()
     except OSError:
         return
+    if os.geteuid():
+        return  # root's is not ours to judge
     if found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         yield Finding(PROBLEM, f"{directory} is not a directory of root's alone: no template is used", f"chmod 700 {directory}")
         return

@@ -13,10 +13,11 @@ from typing import Any
 
 import click
 
-from .out import F, binaries, binary_argument, fail, json_option, print_json, table
+from .out import F, binaries, binary_argument, fail, json_option, note_of_root, print_json, table
 
 # As shimcore.rig has them, which is not imported before it is needed: it costs what completion should not take.
 OURS, SHIM = "containerd-shim-runc-v2-py", "containerd-shim-runc-v2"
+NEEDS = "runc, and the sockets of shims, need root"
 
 generation_option: Callable[[F], F] = click.option(
     "--generation", type=click.Choice(["1.6", "1.7", "2.3"]), default="1.6", show_default=True, help="As which containerd."
@@ -50,6 +51,8 @@ def run(shim: str, command: tuple[str, ...], as_json: bool, **options: Any) -> N
         click.echo(f"Error: {error}", err=True)
         sys.exit(125)
     click.echo(report.json() if as_json else f"\n{report.end(live.width)}")
+    if report.error:
+        note_of_root(NEEDS)
     sys.exit(report.status)
 
 
@@ -80,6 +83,8 @@ def conform(shim: str, runtime: str, generation: str, only: tuple[str, ...], as_
         print_json({"shim": shim, "failed": failed, "trials": [asdict(result) for result in results]})
     else:
         click.echo(f"\n{shim}: {len(results) - failed} of {len(results)} passed")
+    if failed:
+        note_of_root(NEEDS)
     sys.exit(failed > 0)
 
 
@@ -101,6 +106,7 @@ def bench(shims: tuple[str, ...], rounds: int, runtime: str, generation: str | N
     try:
         sides = compare.compare(shims, rounds=rounds, runtime=runtime, generation=generation or "", plain=plain, seen=seen)
     except (OSError, RuntimeError) as error:
+        note_of_root(NEEDS)
         fail(error)
     first = sides[0]
     ratios = {(side.name, what): side.median(what) / first.median(what) for side in sides for what in compare.WHAT}

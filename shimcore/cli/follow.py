@@ -31,7 +31,7 @@ import click
 
 from ..address import DEBUG_SUFFIX, SOCKET_DIR
 from . import nodes
-from .out import fail, json_option, living, print_line, shim_argument
+from .out import fail, json_option, living, namespace_option, note, note_of_root, print_line, shim_argument
 
 RESCAN = 1.0  # seconds between two looks for what inotify does not tell: other directories, shims that were there
 _IN_CREATE = 0x100
@@ -102,10 +102,12 @@ def _decode(pid: int, line: bytes, last: int) -> Told:
 class Node:
     """Follows the events of shims, each on a thread of its own; they come out of `queue`, in the order of arrival.
 
-    past: of the shims that are there already, also what they still have. Of those that come later, everything.
+    past: of the shims that are there already, also what they still have. Of those that come later, everything. namespace: of this
+    one alone, "" for all.
     """
 
-    def __init__(self, *, past: bool) -> None:
+    def __init__(self, *, past: bool, namespace: str = "") -> None:
+        self._namespace = namespace
         self.queue: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
         self._past = past
         self._followed: set[str] = set()
@@ -130,7 +132,7 @@ class Node:
 
     def scan(self) -> None:
         """Follows all that are there; says of which that can't be."""
-        for shim in nodes.shims():
+        for shim in nodes.shims(self._namespace):
             if shim.debug:
                 self.follow(shim.debug, everything=self._past or not self._first)
             elif shim.pid not in self._mute:
@@ -158,7 +160,7 @@ class Node:
     def _read(self, path: str, everything: bool) -> None:
         last = 0 if everything else -1
         try:
-            with nodes.Lines(path, "/events?follow" + ("" if everything else "&after=now")) as lines:
+            with nodes.Lines(path, "/events?follow" + ("" if everything else "&after=now"), self._namespace) as lines:
                 for line in lines:
                     event = _decode(lines.pid, line, last)
                     last = event.number
@@ -226,8 +228,8 @@ def _once(shims: list[nodes.Shim]) -> Iterator[Told | str]:
     yield from sorted(found, key=lambda event: event.time)
 
 
-def _followed(shims: list[nodes.Shim] | None, past: bool) -> Iterator[Told | str]:
-    node = Node(past=past)
+def _followed(shims: list[nodes.Shim] | None, past: bool, namespace: str) -> Iterator[Told | str]:
+    node = Node(past=past, namespace=namespace)
     if shims is None:
         node.watch()
     else:
@@ -244,26 +246,28 @@ def _followed(shims: list[nodes.Shim] | None, past: bool) -> Iterator[Told | str
 
 @click.command(short_help="What shims tell containerd, as it comes.")
 @json_option
+@namespace_option
 @click.option("--past", is_flag=True, help="Also what the shims still have (the last 128 of each).")
 @click.option("--once", is_flag=True, help="That alone: nothing is waited for.")
 @click.option("--count", type=click.IntRange(1), default=None, metavar="N", help="End after so many.")
 @click.argument("shims", nargs=-1, metavar="[SHIM]...", shell_complete=living)
-def events(shims: tuple[str, ...], past: bool, once: bool, count: int | None, as_json: bool) -> None:
+def events(shims: tuple[str, ...], namespace: str, past: bool, once: bool, count: int | None, as_json: bool) -> None:
     """The events of all shims of this node, those that come included, or of each SHIM (container id, or pid), until Ctrl-C.
 
     The shims themselves are asked, not containerd, so this is what they have told whether or not containerd runs. Shims that are
     not made with shimcore can't be asked: `ctr events` has theirs. With --json a line for each.
     """
     try:
-        all_of_them = nodes.shims() if shims or once else []
+        all_of_them = nodes.shims(namespace) if shims or once else []
         chosen = [nodes.choose(name, all_of_them) for name in shims] if shims else all_of_them
-        source = _once(chosen) if once else _followed(chosen if shims else None, past)
+        source = _once(chosen) if once else _followed(chosen if shims else None, past, namespace)
+        note_of_root("other users' shims can't be asked")
         for told in source:
             if isinstance(told, str):
-                click.echo(f"note: {told}", err=True)
+                note(told)
                 continue
             if told.missed:
-                click.echo(f"note: the shim of pid {told.shim_pid} has not kept {told.missed} events before this one", err=True)
+                note(f"the shim of pid {told.shim_pid} has not kept {told.missed} events before this one")
             if not told.topic:
                 continue
             if as_json:
@@ -331,5 +335,5 @@ def logs(shim: str, follow: bool, as_json: bool) -> None:
     crash = Path(chosen.bundle) / "shim.crash"
     with contextlib.suppress(OSError):
         if crash.stat().st_size:
-            click.echo(f"note: there is a traceback in {crash}", err=True)
+            note(f"there is a traceback in {crash}")
     sys.stdout.flush()

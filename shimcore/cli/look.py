@@ -11,16 +11,18 @@ from typing import Any
 import click
 
 from . import checks, nodes
-from .out import age, fail, json_option, print_json, shim_argument, table
+from .out import age, fail, json_option, namespace_option, note_of_root, print_json, shim_argument, table
 
 COLOURS = {checks.OK: "green", checks.WARNING: "yellow", checks.PROBLEM: "red"}
 
 
 @click.command(short_help="Every shim on this node.")
 @json_option
-def ps(as_json: bool) -> None:
+@namespace_option
+def ps(namespace: str, as_json: bool) -> None:
     """Every shim on this node, found without containerd."""
-    found = [nodes.look(shim) for shim in nodes.shims()]
+    found = [nodes.look(shim) for shim in nodes.shims(namespace)]
+    note_of_root("of other users' shims little can be seen")
     if as_json:
         print_json([{**asdict(shim), "told": None, **_summary(shim)} for shim in found])
         return

@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,13 @@ def _sockets_of(pid: int) -> set[str]:
     return found
 
 
-def shims() -> list[Shim]:
-    """Every shim's daemon whose process we may look at, ours and other people's, oldest pid first."""
+def namespace_of(pid: int) -> str:
+    """The containerd namespace that a shim's command line names; "" when it is gone."""
+    return _flag(_words(pid), "namespace")
+
+
+def shims(namespace: str = "") -> list[Shim]:
+    """Every shim's daemon whose process we may look at, ours and other people's, in the order of pids. namespace: "" for all."""
     paths = {inode: path for path, inode in listeners().items()}
     found = []
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
@@ -95,6 +100,8 @@ def shims() -> list[Shim]:
         names = [os.path.basename(word) for word in words[:3]]  # of a script its interpreter comes first
         name = next((name.removesuffix(".py") for name in names if NAME.fullmatch(name)), "")
         if not name or "-id" not in words or words[-1] in ("start", "delete"):
+            continue
+        if namespace and _flag(words, "namespace") != namespace:
             continue
         listening = sorted(paths[inode] for inode in _sockets_of(pid) if inode in paths)
         debug = next((path for path in listening if path.endswith(DEBUG_SUFFIX)), "")
@@ -160,22 +167,27 @@ def ask(shim: Shim, path: str) -> bytes:
 class Lines:
     """Lines of what a debug socket goes on to tell, until the shim ends. A context manager. pid: the shim's.
 
-    Raises NoAnswer where nobody listens, or the answer is not 200.
+    namespace: nothing is asked of a shim of another, and there are no lines; "" for any. Raises NoAnswer where nobody listens, or
+    the answer is not 200.
     """
 
-    def __init__(self, path: str, target: str) -> None:
+    def __init__(self, path: str, target: str, namespace: str = "") -> None:
+        self._response: Iterable[bytes] = ()
         self._connection = _Connection(path)
         try:
             self._connect()
             self.pid: int = struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            if namespace and namespace_of(self.pid) != namespace:
+                return
             self._connection.request("GET", target)
-            self._response = self._connection.getresponse()
+            response = self._connection.getresponse()
             self._socket.settimeout(None)
-            if self._response.status == 404:
+            if response.status == 404:
                 raise NoAnswer(f"the shim of pid {self.pid} is of an older shimcore: it does not tell this")
-            if self._response.status != 200:
-                why = self._response.read().decode(errors="replace").strip()
-                raise NoAnswer(f"the shim of pid {self.pid} answers {self._response.status}: {why}")
+            if response.status != 200:
+                why = response.read().decode(errors="replace").strip()
+                raise NoAnswer(f"the shim of pid {self.pid} answers {response.status}: {why}")
+            self._response = response
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise NoAnswer(f"nobody answers on {path}: {error}") from None

@@ -34,6 +34,8 @@ def binaries(context: click.Context, parameter: click.Parameter, incomplete: str
     return [CompletionItem(name) for name in sorted(found) if name.startswith(incomplete)]
 
 
+namespace_option: Callable[[F], F] = click.option("--namespace", default="", metavar="NS", help="Of this namespace alone.")
+
 #: A container's id or a shim's pid, and a shim's program.
 shim_argument: Callable[[F], F] = click.argument("shim", shell_complete=living)
 binary_argument: Callable[[F], F] = click.argument("shim", shell_complete=binaries)
@@ -42,6 +44,17 @@ binary_argument: Callable[[F], F] = click.argument("shim", shell_complete=binari
 def fail(error: Exception | str) -> NoReturn:
     """Ends the command with 1 and one line on stderr."""
     raise click.ClickException(str(error))
+
+
+def note(text: str) -> None:
+    """One line on stderr, beside the result."""
+    click.echo(f"note: {text}", err=True)
+
+
+def note_of_root(what: str) -> None:
+    """Says so where the user is not root, without whom `what`."""
+    if os.geteuid():
+        note(f"you are not root: {what}")
 
 
 def print_json(value: Any) -> None:

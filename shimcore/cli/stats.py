@@ -7,12 +7,16 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ShimError, Unimplemented
+from ..errors import Closed, DeadlineExceeded, NotFound, ShimError
 from . import nodes
-from .out import fail, json_option, living, print_json, print_line, table
+from .out import fail, json_option, living, namespace_option, note_of_root, print_json, print_line, table
+
+if TYPE_CHECKING:
+    from ..ttrpc import Client
 
 TIMEOUT = 2.0  # seconds: what containerd allows Stats
 _AT_ONCE = 8
@@ -67,11 +71,22 @@ def _fill(usage: Usage, url: str, value: bytes) -> None:
         usage.error = f"figures of a kind that is not known here: {kind or 'none'}"
 
 
+def _stats(client: Client, container: str) -> Any:
+    """The answer's Any, of version 2 or 3 of the Task API: newer shims have the latter alone. Raises ShimError."""
+    from ..rig.task import Task
+
+    try:
+        return Task(client, container, timeout=TIMEOUT).stats()
+    except (NotFound, DeadlineExceeded, Closed):
+        raise
+    except ShimError:  # Unimplemented says ttrpc of a service that is not there; Rust's says InvalidArgument
+        return Task(client, container, version=3, timeout=TIMEOUT).stats()
+
+
 def _ask(shim: nodes.Shim) -> list[Usage]:
     """All containers of one shim, over one connection."""
     from google.protobuf.message import DecodeError
 
-    from ..rig.task import Task
     from ..ttrpc import Client
 
     found = [Usage(shim.namespace, id, shim.name, shim.pid) for id in nodes.containers(shim)]
@@ -88,10 +103,7 @@ def _ask(shim: nodes.Shim) -> list[Usage]:
     with client:
         for usage in found:
             try:
-                try:
-                    packed = Task(client, usage.container, timeout=TIMEOUT).stats()
-                except Unimplemented:  # containerd 2.x's own shims
-                    packed = Task(client, usage.container, version=3, timeout=TIMEOUT).stats()
+                packed = _stats(client, usage.container)
                 usage.at = time.monotonic_ns()
                 _fill(usage, packed.type_url, packed.value)
             except (ShimError, DecodeError) as error:
@@ -138,10 +150,11 @@ def _show(usages: list[Usage]) -> None:
 
 @click.command(short_help="What each container uses, live.")
 @json_option
+@namespace_option
 @click.option("--once", is_flag=True, help="One table, after one interval, which CPU% is of.")
 @click.option("-n", "--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, metavar="SECONDS")
 @click.argument("shims", nargs=-1, metavar="[SHIM]...", shell_complete=living)
-def stats(shims: tuple[str, ...], once: bool, interval: float, as_json: bool) -> None:
+def stats(shims: tuple[str, ...], namespace: str, once: bool, interval: float, as_json: bool) -> None:
     """CPU, memory and processes of every container of every shim, or of those of each SHIM (container id, or pid).
 
     Until Ctrl-C, or once. CPU% is of one core. Memory is without the page cache that nothing uses. With --json a line for each
@@ -149,9 +162,10 @@ def stats(shims: tuple[str, ...], once: bool, interval: float, as_json: bool) ->
     """
 
     def chosen() -> list[nodes.Shim]:
-        all_of_them = nodes.shims()
+        all_of_them = nodes.shims(namespace)
         return [nodes.choose(name, all_of_them) for name in shims] if shims else all_of_them
 
+    note_of_root("other users' shims can't be asked")
     try:
         usages = sample(chosen())
         while True:

@@ -101,6 +101,8 @@ def busybox_rootfs(path: Path, busybox: str = BUSYBOX) -> Path:
 
     Raises OSError, FileNotFoundError among them when there is no busybox.
     """
+    if not os.path.exists(busybox):
+        raise FileNotFoundError(f"a root filesystem is made of {busybox}, which is not there: install busybox-static")
     for name in ("bin", "dev", "etc", "proc", "run", "sys", "tmp"):
         (path / name).mkdir(parents=True, exist_ok=True)
     shutil.copy2(busybox, path / "bin" / "busybox")
