@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from shimcore import ttrpc
 from shimcore.cli import nodes, stats
-from shimcore.protos import metrics_v1_pb2, metrics_v2_pb2
+from shimcore.protos import anys, metrics_v1_pb2, metrics_v2_pb2, task_pb2, task_v3_pb2
 from shimcore.rig import Rig, Session
 from tests.test_cli import STOCK, cli
 
@@ -87,6 +89,23 @@ def test_a_shim_that_can_not_be_reached(tmp_path: Path) -> None:
     one, other = stats.sample([gone, mute])
     assert one.error.startswith("the shim can't be reached: ") and other.error == "the shim listens on no socket"
     assert "no shim of a container nothing" in cli("stats", "--once", "nothing", status=1)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_either_version_of_the_task_api(version: int, tmp_path: Path) -> None:
+    """red: asked of version 2 alone, a shim of containerd 2.x has no figures"""
+    answer = task_pb2.StatsResponse()
+    anys.pack(answer.stats, metrics_v2_pb2.Metrics(pids=metrics_v2_pb2.PidsStat(current=5)))
+    task = SimpleNamespace(stats=lambda request, context: answer)
+    module = task_pb2 if version == 2 else task_v3_pb2
+    service = module.DESCRIPTOR.services_by_name["Task"]
+    with ttrpc.Server() as server:
+        server.register(service, task)
+        server.listen(str(tmp_path / "s"))
+        server.start()
+        shim = nodes.Shim(1, "containerd-shim-x-v1", "n", "i", str(tmp_path / "none" / "i"), socket=str(tmp_path / "s"))
+        (usage,) = stats.sample([shim])
+        assert (usage.error, usage.pids) == ("", 5)
 
 
 def filled(message: object) -> stats.Usage:
