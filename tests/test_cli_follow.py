@@ -57,7 +57,7 @@ def test_what_they_still_have(asked: Lab) -> None:
     lines = cli("events", "--once", str(asked.pid)).splitlines()
     assert [line.split()[2:4] for line in lines] == [["kept", topic] for topic in LIFE[:3]]
     assert lines[-1].endswith("exit_status=4") and re.match(r"[\d:]{8}\.\d{6}  ", lines[-1])
-    assert len(cli("events", "--past", "--count", "2", "lab").splitlines()) == 2
+    assert len(cli("events", "--past", "--count", "2", f"{asked.rig.namespace}/lab").splitlines()) == 2
 
 
 def test_every_container_of_the_node_is_seen_however_short(

@@ -17,23 +17,27 @@ from tests.faults import Lab, together, until
 from tests.test_debug import ask, debug_path, dump
 
 
+def ready(lab: Lab) -> Lab:
+    """Once it can be asked: a shim binds its debug socket when it serves already."""
+
+    def asked() -> bool:
+        try:
+            return ask(lab, "/log")[0] == 200
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+
+    until(asked)
+    return lab
+
+
 @pytest.fixture
 def new_lab(new_lab: Callable[..., Lab]) -> Callable[..., Lab]:
-    """Labs that can be asked: a debug socket is bound once the shim serves."""
+    return lambda **options: ready(new_lab(**options))
 
-    def make(**options: bool) -> Lab:
-        lab = new_lab(**options)
 
-        def asked() -> bool:
-            try:
-                return ask(lab, "/log")[0] == 200
-            except (FileNotFoundError, ConnectionRefusedError):
-                return False
-
-        until(asked)
-        return lab
-
-    return make
+@pytest.fixture
+def lab(lab: Lab) -> Lab:
+    return ready(lab)
 
 
 class Following:

@@ -44,9 +44,8 @@ def test_each_step_is_shown_as_it_comes(words: list[str], rootfs: Path) -> None:
         try:
             for line in child.stdout:
                 seen += line
-                if re.search(r"stdout +here$", line):
+                if "/tasks/start" in seen and re.search(r"stdout +here\n", seen):
                     break
-            assert "/tasks/start" in seen + child.stdout.readline() + child.stdout.readline()
         finally:
             go.touch()
         rest = child.stdout.read()
@@ -69,7 +68,7 @@ def test_a_terminal_is_told_what_is_waited_for(words: list[str], rootfs: Path) -
                 except OSError:  # EIO: nobody holds the other side any more
                     break
                 seen += data.decode()
-                if re.search(r"\r\x1b\[K  wait: [\d.]+ s; 2 events, 1 lines of output$", seen):
+                if re.search(r"\r\x1b\[K  wait: [\d.]+ s; 2 events, 1 lines of output", seen):
                     go.touch()
         finally:
             go.touch()
