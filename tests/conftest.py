@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from shimcore.testing import Install
 from shimcore.testing.leaks import Guard, watched
 from tests.containerd.daemon import Containerd
 from tests.faults import lab, lab_shim, new_lab, shared_lab, shm
+
+# In a shell's background SIGINT is ignored, which children would inherit: tests interrupt commands.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["lab", "lab_shim", "new_lab", "shared_lab", "shm"]
 

@@ -23,11 +23,6 @@ CLI = [sys.executable, "-m", "shimcore.cli"]
 LIFE = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
 
 
-def interruptible() -> None:
-    """Where the suite runs in a shell's background SIGINT is ignored, which children inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def asked(new_lab: Callable[..., Lab]) -> Lab:
     """A lab whose shim has its debug socket, which it binds once it serves."""
@@ -39,7 +34,7 @@ def asked(new_lab: Callable[..., Lab]) -> Lab:
 def test_events_of_a_shim_as_they_come(asked: Lab) -> None:
     asked.box("before", ["@exit", "4"]).told()
     command = [*CLI, "events", str(asked.pid), "--json", "--past"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         told = [json.loads(child.stdout.readline()) for _ in range(3)]
         assert [one["topic"] for one in told] == LIFE[:3] and {one["container"] for one in told} == {"before"}
@@ -114,7 +109,7 @@ def test_the_log_and_what_comes(asked: Lab) -> None:
     told = [json.loads(line) for line in cli("logs", "--json", str(asked.pid)).splitlines()]
     assert told[-1]["msg"] == 'a "quoted"\nline' and told[-1]["level"] == "info" and told[-1]["id"] == "lab"
     command = [*CLI, "logs", "-f", str(asked.pid)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         seen = ""
         while "quoted" not in seen:

@@ -24,11 +24,6 @@ from tests.test_cli import STOCK, cli
 GROUP = {"io.containerd.runc.v2.group": "grp"}
 
 
-def interruptible() -> None:
-    """Where the suite runs in a shell's background SIGINT is ignored, which children inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def running(rig: Rig, args: list[str], **more: object) -> Session:
     box = rig.container(args, **more)  # type: ignore[arg-type]
     box.create()
@@ -71,7 +66,7 @@ def test_each_container_of_a_shim(boxes: tuple[Session, Session]) -> None:
 def test_live_on_a_terminal_and_in_a_pipe(boxes: tuple[Session, Session]) -> None:
     command = [sys.executable, "-m", "shimcore.cli", "stats", "-n", "0.1", str(boxes[0].shim_pid)]
     ours, theirs = pty.openpty()
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=interruptible) as child:
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as child:
         os.close(theirs)
         seen = b""
         while seen.count(b"\x1b[H\x1b[J") < 3:
@@ -79,7 +74,7 @@ def test_live_on_a_terminal_and_in_a_pipe(boxes: tuple[Session, Session]) -> Non
         child.send_signal(signal.SIGINT)
     os.close(ours)
     assert child.returncode == 0
-    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True, preexec_fn=interruptible) as child:
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         lines = [json.loads(child.stdout.readline()) for _ in range(2)]
         child.send_signal(signal.SIGINT)
