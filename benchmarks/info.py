@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from benchmarks.lifecycle import end_templates, p99, timed
+from benchmarks.lifecycle import timed
+from shimcore.rig.compare import p99
+from shimcore.rig.templates import end_templates
 
 
 def main() -> int:

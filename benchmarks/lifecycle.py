@@ -28,23 +28,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 from shimcore.rig import Rig, Session
+from shimcore.rig.compare import p99
+from shimcore.rig.templates import end_templates, with_spares
 
 STOCK = "containerd-shim-runc-v2"
 PHASES = ("start", "create", "run", "kill", "delete", "cleanup", "total")
 INIT = ("/bin/sleep", "1000")
 
 Times = dict[str, list[float]]
-
-
-def p99(values: Sequence[float]) -> float:
-    """The smallest value that at least 99 % of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[-(-99 * len(ordered) // 100) - 1]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -80,26 +76,6 @@ def memory(pid: int) -> dict[str, float]:
         name, value = line.split()[:2]
         fields[name.rstrip(":")] = int(value) / 1024
     return {"PSS": fields["Pss"], "private": fields["Private_Clean"] + fields["Private_Dirty"]}
-
-
-def templates(directory: str) -> list[int]:
-    """The pids of the template that listens in this directory, and of its spares."""
-    found = []
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit() and directory.encode() in Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0"):
-                found.append(int(name))
-        except OSError:
-            pass
-    return found
-
-
-def end_templates(directory: str) -> None:
-    while pids := templates(directory):
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        time.sleep(0.01)
 
 
 def alive(rig: Rig, count: int) -> list[Session]:
@@ -166,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in sides:
             # One kind at a time: PSS divides what processes share, and should divide it among their like.
             boxes = alive(rigs[name], options.alive)
-            shared = [memory(pid) for pid in templates(directory)] if name == "ours" else []
+            shared = [memory(pid) for pid in with_spares(directory)] if name == "ours" else []
             for box in boxes:
                 for kind, value in memory(box.shim_pid).items():
                     held[name][kind].append(value + sum(one[kind] for one in shared) / len(boxes))

@@ -10,10 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
-from benchmarks.lifecycle import end_templates, lifecycle, templates
+from benchmarks.lifecycle import lifecycle
 from shimcore.rig import Rig
+from shimcore.rig.templates import end_templates
 
 GO, RUST, WARM, PLAIN = "Go", "Rust", "ours, warm", "ours, plain"
 RUST_BINARY = "containerd-shim-runc-v2-rs"
@@ -32,14 +32,6 @@ class Sides:
         names = list(self.rigs)
         turn = number % len(names)
         return names[turn:] + names[:turn]
-
-    def of_template(self) -> list[int]:
-        """The pids of the template and its spares: daemons are its children, too, but each leads a session of its own."""
-        found = templates(self.templates)
-        for pid in list(found):
-            children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-            found += [child for child in children if os.getsid(child) == os.getsid(pid)]
-        return list(dict.fromkeys(found))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

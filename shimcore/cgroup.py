@@ -16,7 +16,7 @@ from .errors import FailedPrecondition, InvalidArgument, NotFound, ShimError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 UNIFIED, HYBRID, LEGACY, NONE = "unified", "hybrid", "legacy", "none"
 CGROUP_ROOT = "/sys/fs/cgroup"
@@ -304,6 +304,38 @@ def read_oom_score_adj(pid: int | str) -> int:
         return int(_read(f"/proc/{pid}/oom_score_adj"))
     except (FileNotFoundError, ProcessLookupError):
         raise NotFound(f"no process {pid}") from None
+
+
+def signal_listed(pids: Iterable[int], listed: Callable[[], Iterable[int]], signum: int, death_timeout: float = 0.0) -> None:
+    """Signal those of these processes that `listed` names again: a pid that was given to a stranger since is not in there.
+
+    death_timeout: seconds to wait for each one's death at most. Raises OSError but for one that has gone."""
+    from ._reaper import pidfd_open, pidfd_send_signal
+
+    fds: dict[int, int] = {}
+    try:
+        for pid in pids:
+            try:
+                fds[pid] = pidfd_open(pid)
+            except OSError:
+                pass
+        still = set(listed()) if fds else set()
+        kept = [fd for pid, fd in fds.items() if pid in still]
+        for fd in kept:
+            try:
+                pidfd_send_signal(fd, signum)
+            except ProcessLookupError:
+                pass
+        if death_timeout:
+            from select import POLLIN, poll
+
+            for fd in kept:
+                poller = poll()
+                poller.register(fd, POLLIN)
+                poller.poll(death_timeout * 1000)
+    finally:
+        for fd in fds.values():
+            os.close(fd)
 
 
 def adjust_oom_score(pid: int, parent: int | None = None) -> int:

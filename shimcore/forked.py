@@ -52,20 +52,13 @@ def raised(fd: int) -> int:
 
 
 class Guard:
-    """Where a fork's result goes, in the place of stdout and stderr, which are the launcher's."""
+    """Where a fork's result goes: stdout and stderr, which are the launcher's, are the log."""
 
     __slots__ = ("_connection", "_sent")
 
     def __init__(self, connection: _socket.socket) -> None:
         self._connection: _socket.socket | None = connection
         self._sent = False
-        try:
-            sink = os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            sink = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        os.close(sink)
 
     def release(self) -> None:
         pass

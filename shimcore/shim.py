@@ -85,6 +85,17 @@ class Shim:
         return bootstrap.encode_info(self.runtime_id, __version__)
 
 
+def print_to_log() -> None:
+    """Make the bundle's log stdout and stderr, /dev/null where nobody reads it."""
+    try:
+        sink = os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        sink = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.close(sink)
+
+
 class _Guard:
     """Keeps stdout and stderr for the result and the error line: what code of the author's prints goes to the log.
 
@@ -95,13 +106,7 @@ class _Guard:
     def __init__(self) -> None:
         self._out = os.dup(1)  # dup's result is close-on-exec
         self._err = os.dup(2)
-        try:
-            sink = os.open("log", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            sink = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        os.close(sink)
+        print_to_log()
 
     def fds(self) -> tuple[int, int]:
         """stdout and stderr as they came."""
@@ -223,17 +228,16 @@ def run(runtime_id: str, shim: type[Shim] | str, config: Config | None = None) -
         from .template import main
 
         main(runtime_id, shim, config or bootstrap.Config(), sys.argv[2:])
-    act(runtime_id, shim, config or bootstrap.Config(), _guard(runtime_id, shim))
+    act(runtime_id, shim, config or bootstrap.Config(), _Guard())
 
 
-def _guard(runtime_id: str, shim: type[Shim] | str) -> _Guard | Guard:
-    """Where the result goes. `start` is divided here if it can be: when no code of the author's has run yet."""
-    guard = _Guard()
-    if isinstance(shim, str) and "start" in sys.argv[1:] and len(os.listdir("/proc/self/task")) == 1:
-        from . import forked
+def _divided(runtime_id: str, guard: _Guard) -> _Guard | Guard:
+    """In a `start` that no code of an author's has run in yet: where the result of the one that acts goes (see forked.py)."""
+    if len(os.listdir("/proc/self/task")) > 1:
+        return guard
+    from . import forked
 
-        return forked.divide(runtime_id, *guard.fds())
-    return guard
+    return forked.divide(runtime_id, *guard.fds())
 
 
 def act(runtime_id: str, shim: type[Shim] | str, config: Config, guard: _Guard | Guard) -> NoReturn:
@@ -241,6 +245,8 @@ def act(runtime_id: str, shim: type[Shim] | str, config: Config, guard: _Guard |
     status = 1
     try:
         flags = bootstrap.parse_flags(sys.argv[1:])
+        if flags.action == bootstrap.START and isinstance(shim, str) and isinstance(guard, _Guard):
+            guard = _divided(runtime_id, guard)
         stdin = _read_stdin() if bootstrap.reads_stdin(flags) else b""
         invocation = bootstrap.parse_invocation(sys.argv[1:], os.environ, stdin)
         guard.result(_dispatch(runtime_id, shim, config, invocation, guard))

@@ -103,39 +103,15 @@ class Task:
         """Called on the RPC thread when the shim got SIGTERM, SIGINT or SIGPIPE, which have been logged; must not block."""
 
 
-class _Request:
-    """A message class of task.proto that is imported with the first request."""
-
-    __slots__ = ("_class", "_name")
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._class: Any = None
-
-    def _load(self) -> Any:
-        if self._class is None:
-            from .protos import task_pb2
-
-            self._class = getattr(task_pb2, self._name)
-        return self._class
-
-    def __call__(self) -> Any:
-        return self._load()()
-
-    def FromString(self, data: bytes) -> Any:
-        return self._load().FromString(data)
-
-
-_requests = {rpc: _Request(message) for rpc, (_, message) in RPCS.items()}
-
-
 def register(server: Server, task: Task, services: tuple[str, ...] = (TASK_V2, TASK_V3)) -> None:
     """Serve a task service under the given names. v3 has v2's messages, byte for byte, so one set of classes does for both."""
+    from .protos.lazy import Message, task_pb2
+
     methods = {}
-    for rpc, (name, _) in RPCS.items():
+    for rpc, (name, message) in RPCS.items():
         handler = getattr(task, name, None)
         if handler is not None:
-            methods[rpc] = (kind_of(handler), handler, _requests[rpc])
+            methods[rpc] = (kind_of(handler), handler, Message(task_pb2, message))
     for service in services:
         server.add_service(service, methods)
     if task.native:

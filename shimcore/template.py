@@ -17,6 +17,7 @@ import sys
 from . import _reaper, daemon
 from .errors import FailedPrecondition, Unavailable
 from .forked import Guard, entitle, raised
+from .shim import print_to_log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ class _Template:
             return
         connection.settimeout(None)
         daemon.warm = daemon.Warm(request.parent)
+        print_to_log()
         self._run(Guard(connection))
 
     def _outdated(self) -> bool:

@@ -152,3 +152,16 @@ def test_nobody_reads_what_start_prints(author: Make) -> None:
     while os.path.exists(path):
         assert time.monotonic() < until
         time.sleep(0.005)
+
+
+def test_a_container_may_be_called_start(author: Make) -> None:
+    """The action is what the flags leave, not any word: nothing but a `start` is divided."""
+    shim = author("""
+        class Author(Author):
+            def delete_shim(self):
+                from shimcore import daemon
+                assert daemon.warm is None
+                return super().delete_shim()
+    """)
+    done = shim.run("delete", "-bundle", str(shim.bundle), id="start")
+    assert (done.returncode, done.stderr) == (0, "")

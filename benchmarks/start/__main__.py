@@ -21,10 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from benchmarks.lifecycle import INIT, floor, lifecycle, machine, p99, timed
+from benchmarks.lifecycle import INIT, floor, lifecycle, machine, timed
 from benchmarks.sides import GO, WARM, Sides, arguments, opened
 from benchmarks.svg import bars
 from shimcore.rig import Rig
+from shimcore.rig.compare import p99
+from shimcore.rig.templates import with_spares
 
 TIMES = ("start", "start, CPU", "create", "delete, gone", "delete, there")
 RATES = ("one by one", "8 at once")
@@ -52,7 +54,7 @@ def one(sides: Sides, name: str) -> dict[str, float]:
     """One container whose shim is killed, and one that ends as it should."""
     rig = sides.rigs[name]
     before = _children()
-    helpers = {pid: cpu([pid]) for pid in sides.of_template()} if name == WARM else {}
+    helpers = {pid: cpu([pid]) for pid in with_spares(sides.templates)} if name == WARM else {}
     box = rig.container(INIT)
     # A spare that became the daemon had been prepared before: that work counts as the next one's does.
     used = _children() - before + cpu([box.shim_pid])

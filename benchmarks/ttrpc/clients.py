@@ -21,7 +21,7 @@ from statistics import median
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from ..exit_latency.place import Program
-from .peers import GO, OURS, Missing, build_go, build_rust, compile_c
+from .peers import GO, OURS, Missing, build_go, compile_c, rust
 
 SERVICE, METHOD = "bench.Echo", "Echo"
 Found = tuple[int, float, list[int]]  # calls, seconds, ns of each
@@ -121,19 +121,12 @@ def load(words: list[str]) -> None:
 def clients() -> tuple[dict[str, list[str]], dict[str, str]]:
     ours = [sys.executable, "-m", "benchmarks.ttrpc.clients", "load"]
     found = {f"{OURS}, {kind}": [*ours, kind] for kind in KINDS}
-    missing = {}
+    missing: dict[str, str] = {}
     try:
         found[GO] = [build_go("head"), "load"]
     except Missing as error:
         missing[GO] = str(error)
-    try:
-        program, version = build_rust()
-    except Missing as error:
-        missing["Rust"] = str(error)
-    else:
-        for flavour in "sync", "async":
-            found[f"Rust {version} {flavour}"] = [program, flavour, "load"]
-    return found, missing
+    return found | {name: [*command, "load"] for name, command in rust(missing).items()}, missing
 
 
 def main() -> None:

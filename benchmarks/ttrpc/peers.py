@@ -72,6 +72,16 @@ def build_rust() -> tuple[str, str]:
     return str(folder / "target" / "release" / "peer"), found[1] if found else ""
 
 
+def rust(missing: dict[str, str]) -> dict[str, list[str]]:
+    """name -> command of Rust's two flavours; none, and the reason in `missing`, where they can't be built."""
+    try:
+        program, version = build_rust()
+    except Missing as error:
+        missing["Rust"] = str(error)
+        return {}
+    return {f"Rust {version} {flavour}": [program, flavour] for flavour in ("sync", "async")}
+
+
 def servers() -> tuple[dict[str, list[str]], dict[str, str]]:
     """(name -> command without `serve PATH`, name -> why it is missing)."""
     floor = compile_c("floor")
@@ -80,17 +90,10 @@ def servers() -> tuple[dict[str, list[str]], dict[str, str]]:
         FLOOR: [floor],
         BATCHED: [floor, "--batched"],
     }
-    missing = {}
+    missing: dict[str, str] = {}
     for title, name in ((GO, "head"), ("Go, Debian's", "debian")):
         try:
             found[title] = [build_go(name)]
         except Missing as error:
             missing[title] = str(error)
-    try:
-        program, version = build_rust()
-    except Missing as error:
-        missing["Rust"] = str(error)
-    else:
-        for flavour in "sync", "async":
-            found[f"Rust {version} {flavour}"] = [program, flavour]
-    return found, missing
+    return found | rust(missing), missing

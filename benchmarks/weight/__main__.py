@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.lifecycle import alive, machine, memory, templates
+from benchmarks.lifecycle import alive, machine, memory
 from benchmarks.sides import GO, WARM, Sides, arguments, opened
 from benchmarks.svg import bars
 from benchmarks.weight.growth import FIRST, growth
 from benchmarks.weight.pages import compare
 from shimcore.rig import Session
+from shimcore.rig.templates import templates, with_spares
 
 KINDS = ("PSS MiB", "private MiB", "threads", "fds")
 SETTLE = 1.0  # seconds, for whatever a shim does once it is idle
@@ -26,7 +27,7 @@ SETTLE = 1.0  # seconds, for whatever a shim does once it is idle
 def weigh(sides: Sides, name: str, boxes: list[Session]) -> dict[str, float]:
     """Of one shim in the median, its part of the template included."""
     time.sleep(SETTLE)
-    shared = [memory(pid) for pid in sides.of_template()] if name == WARM else []
+    shared = [memory(pid) for pid in with_spares(sides.templates)] if name == WARM else []
     each = [memory(box.shim_pid) for box in boxes]
     found = {}
     for kind in ("PSS", "private"):

@@ -10,7 +10,6 @@ import os
 import time
 
 from .. import cgroup, logger, mount
-from .._reaper import pidfd_open, pidfd_send_signal
 from ..errors import ShimError
 from ..util import read_spec
 
@@ -67,7 +66,7 @@ def _clear(directory: str) -> None:
             pids = cgroup.cgroup_procs(directory)
         except ShimError:  # it has gone
             return
-        _kill(pids, directory)
+        cgroup.signal_listed(pids, lambda: cgroup.cgroup_procs(directory), SIGKILL, DEATH_TIMEOUT)
         for path, _, _ in os.walk(directory, topdown=False):
             try:
                 os.rmdir(path)
@@ -81,30 +80,3 @@ def _clear(directory: str) -> None:
         if not pids:  # the kernel lets go of the dead a little later, and v1 tells nobody when
             time.sleep(BUSY_FIRST * 2**number)
     raise last
-
-
-def _kill(pids: list[int], directory: str) -> None:
-    """Kill those that are in the cgroup, and wait for their deaths."""
-    from select import POLLIN, poll
-
-    fds: dict[int, int] = {}
-    try:
-        for pid in pids:
-            try:
-                fds[pid] = pidfd_open(pid)
-            except OSError:
-                pass
-        # Listed again: a pid that has become a stranger's since is not in there.
-        still = cgroup.cgroup_procs(directory) if fds else []
-        for pid, fd in fds.items():
-            if pid in still:
-                try:
-                    pidfd_send_signal(fd, SIGKILL)
-                except OSError:
-                    continue
-                poller = poll()
-                poller.register(fd, POLLIN)
-                poller.poll(DEATH_TIMEOUT * 1000)
-    finally:
-        for fd in fds.values():
-            os.close(fd)

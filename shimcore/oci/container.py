@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 
 from .. import cgroup, jobs, ledger, logger, mount
-from .._reaper import pidfd_open, pidfd_send_signal
 from ..errors import NotFound, ShimError
 from ..util import mkdir, read_pid_from_file, read_spec, write_options, write_runtime
 from .meter import Readings
@@ -190,33 +189,12 @@ class Container:
             if not fresh:
                 break
             seen.update(fresh)
-            self._signal(fresh, signum)
+            cgroup.signal_listed(fresh, self.listed, signum)
         return len(seen)
 
     def signal_one(self, pid: int, signum: int) -> None:
         """Signal a process if it is one of this container's."""
-        self._signal([pid], signum)
-
-    def _signal(self, pids: list[int], signum: int) -> None:
-        fds: dict[int, int] = {}
-        try:
-            for pid in pids:
-                try:
-                    fds[pid] = pidfd_open(pid)
-                except OSError:
-                    continue
-            # A pid may have been given to a stranger between the list and pidfd_open: one that is listed
-            # again has not.
-            still = set(self.listed())
-            for pid, fd in fds.items():
-                if pid in still:
-                    try:
-                        pidfd_send_signal(fd, signum)
-                    except ProcessLookupError:
-                        pass
-        finally:
-            for fd in fds.values():
-                os.close(fd)
+        cgroup.signal_listed([pid], self.listed, signum)
 
 
 def own_cgroup(pid: int, found: list[cgroup.Hierarchy], known: dict[str, str]) -> str:

@@ -14,13 +14,13 @@ import os
 from .. import cgroup, jobs, logger, mount
 from .._ttrpc import COROUTINE
 from ..errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ShimError, Unimplemented, Unknown
+from ..protos.lazy import Message
 from ..util import convert_to_timestamp, json_dumps, mkdir, now_ns, read_file_to_str, read_spec, write_str_to_file
 from . import podconfig
 from .shim import POD_FILES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
 
     from .._reaper import Core, ExitSignal
     from .._ttrpc import Context, Server
@@ -322,21 +322,6 @@ def pod_cgroups(parent: str) -> dict[str, str]:
 # --- the service's place on the wire
 
 
-class _Request:
-    """In the place of a message's class: sandbox_pb2 is imported with the first call, which most shims never get."""
-
-    __slots__ = ("_name",)
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self) -> Any:
-        return getattr(pb, self._name)()
-
-    def FromString(self, data: bytes) -> Any:
-        return self().FromString(data)
-
-
 def register(server: Server, sandbox: Sandbox) -> None:
     """Serve the sandbox under the service's name. UpdateSandbox is not offered, which containerd takes for what it is."""
     handlers = (
@@ -350,4 +335,4 @@ def register(server: Server, sandbox: Sandbox) -> None:
         ("ShutdownSandbox", "ShutdownSandboxRequest", sandbox.shutdown_sandbox),
         ("SandboxMetrics", "SandboxMetricsRequest", sandbox.sandbox_metrics),
     )
-    server.add_service(SERVICE, {method: (COROUTINE, handler, _Request(kind)) for method, kind, handler in handlers})
+    server.add_service(SERVICE, {method: (COROUTINE, handler, Message(pb, kind)) for method, kind, handler in handlers})

@@ -8,6 +8,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
+    from typing import Any
 
 
 class _Lazy:
@@ -30,3 +31,19 @@ def __getattr__(name: str) -> ModuleType:
     if not name.endswith("_pb2"):
         raise AttributeError(name)
     return _Lazy(name)  # type: ignore[return-value]
+
+
+class Message:
+    """In the place of a message's class, for Server.add_service: its module is imported with the first request."""
+
+    __slots__ = ("_kind", "_module")
+
+    def __init__(self, module: ModuleType, kind: str) -> None:
+        self._module = module
+        self._kind = kind
+
+    def __call__(self) -> Any:
+        return getattr(self._module, self._kind)()
+
+    def FromString(self, data: bytes) -> Any:
+        return getattr(self._module, self._kind).FromString(data)

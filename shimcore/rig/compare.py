@@ -20,6 +20,7 @@ from statistics import median
 from shimcore.errors import ShimError
 from shimcore.rig.activate import GENERATIONS, ActivationError
 from shimcore.rig.session import Rig
+from shimcore.rig.templates import end_templates
 
 #: What is timed, in ms, and of what to what. The last is a rate: containers begun and ended in a second, one after the other.
 WHAT = {
@@ -101,28 +102,6 @@ def life(rig: Rig) -> dict[str, float]:
     return times
 
 
-def _children(directory: str) -> list[int]:
-    """The pids of the templates that listen in this directory, and of their spares: it stands on their command line."""
-    found = []
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit() and directory.encode() in Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0"):
-                found.append(int(name))
-        except OSError:
-            pass
-    return found
-
-
-def _end_templates(directory: str) -> None:
-    while pids := _children(directory):
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                pass
-        time.sleep(0.01)
-
-
 def _names(paths: Sequence[str]) -> list[str]:
     """Short, and different from one another."""
     short = [os.path.basename(path) for path in paths]
@@ -170,7 +149,7 @@ def compare(
         raise ValueError("at least one round")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.callback(_end_templates, folder)
+        stack.callback(end_templates, folder)
         env = {"SHIMCORE_TEMPLATE": "0"} if plain else {"SHIMCORE_TEMPLATE": "1", "SHIMCORE_TEMPLATE_DIR": folder}
         sides: list[tuple[Side, Rig]] = []
         for name, shim in zip(_names(shims), shims, strict=True):
