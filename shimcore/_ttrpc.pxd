@@ -24,6 +24,7 @@ cdef extern from "core/server.h" nogil:
         bint cancelled
         int64_t deadline
         sc_slice payload
+        void *large
         uint8_t *metadata
         size_t metadata_len
         uint8_t streams
@@ -39,7 +40,7 @@ cdef extern from "core/server.h" nogil:
         bint check_peer
         size_t max_unread
     enum:
-        SC_WORK_CALLS, SC_WORK_NOTES, SC_WORK_STOPPED, SC_WORK_WOKEN, SC_WORK_IDLE, SC_WORK_EVENTS
+        SC_WORK_CALLS, SC_WORK_NOTES, SC_WORK_STOPPED, SC_WORK_WOKEN, SC_WORK_IDLE, SC_WORK_EVENTS, SC_WORK_ROOM
         SC_NATIVE_STATE, SC_NATIVE_WAIT, SC_NATIVE_CONNECT, SC_STREAM_CLIENT, SC_STREAM_SERVER
         SC_READABLE, SC_WRITABLE, SC_CANCELLED
         SC_MAX_MESSAGE
@@ -50,6 +51,10 @@ cdef extern from "core/server.h" nogil:
     int sc_server_method(sc_server *s, const char *service, const char *method, int kind, int index)
     int sc_server_wait(sc_server *s)
     sc_call *sc_server_next(sc_server *s)
+    void *sc_server_scrap(sc_server *s)
+    size_t sc_server_room(sc_server *s)
+    void sc_server_give(sc_server *s, void *owner, uint8_t *p)
+    void *sc_call_room(sc_call *k)
     void sc_server_drain(sc_server *s)
     void sc_server_stop(sc_server *s)
     void sc_server_wake(sc_server *s)

@@ -4,6 +4,7 @@
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport uint8_t
 from libc.stdlib cimport free
 
 from ._reaper cimport Core, sc_has_notes, sc_now_mono
@@ -276,8 +277,14 @@ cdef class Server:
         ctx.k = k
         ctx.server = self
         kind, handler, parse, make, _, _ = <tuple>self.methods[k.method]
+        cdef bytes received
         try:
-            if k.payload.n:
+            if k.large != NULL:
+                received = <bytes>sc_call_room(k)
+                Py_DECREF(received)  # it was the call's
+                request = parse(received)
+                received = None
+            elif k.payload.n:
                 request = parse(PyBytes_FromStringAndSize(<const char *>k.payload.p, k.payload.n))
             elif k.streams & SC_STREAM_CLIENT:
                 request = None
@@ -301,6 +308,24 @@ cdef class Server:
             ctx.answer(None, exc, True)
         else:
             ctx.answer(response, None, True)
+
+    cdef make_room(self):
+        cdef void *owner
+        cdef bytes room
+        cdef size_t n
+        while True:
+            owner = sc_server_scrap(self.s)
+            if owner == NULL:
+                break
+            Py_DECREF(<object>owner)
+        n = sc_server_room(self.s)
+        if n:
+            try:
+                room = PyBytes_FromStringAndSize(NULL, n)
+            except MemoryError:
+                return
+            Py_INCREF(room)
+            sc_server_give(self.s, <void *>room, <uint8_t *>PyBytes_AS_STRING(room))
 
     cdef tell(self):
         cdef int events
@@ -340,6 +365,8 @@ cdef class Server:
             while True:
                 with nogil:
                     work = sc_server_wait(self.s)
+                if work & SC_WORK_ROOM:
+                    self.make_room()
                 # First, so that a handler knows of the exits that its caller has been told of.
                 if work & SC_WORK_NOTES or (work & SC_WORK_CALLS and sc_has_notes(self.core.p)):
                     for n in self.core.take():
@@ -362,6 +389,7 @@ cdef class Server:
             with nogil:
                 sc_server_close_all(self.s)
             self.tell()
+            self.make_room()
             self.running = False
             self.ended.signal()
 

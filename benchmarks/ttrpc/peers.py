@@ -17,7 +17,7 @@ GO_VERSION = "v1.2.10"
 GOPATH = "/usr/share/gocode"
 DEBIAN = Path(GOPATH, "src/github.com/containerd/ttrpc")
 
-OURS, GO, FLOOR, BATCHED = "shimcore", f"Go {GO_VERSION}", "C floor", "C floor, batched"
+OURS, SAME, GO, FLOOR, BATCHED = "shimcore", "shimcore, same message", f"Go {GO_VERSION}", "C floor", "C floor, batched"
 
 
 class Missing(Exception):
@@ -87,6 +87,7 @@ def servers() -> tuple[dict[str, list[str]], dict[str, str]]:
     floor = compile_c("floor")
     found = {
         OURS: [sys.executable, "-m", "benchmarks.ttrpc.ours"],
+        SAME: [sys.executable, "-m", "benchmarks.ttrpc.ours", "--same"],
         FLOOR: [floor],
         BATCHED: [floor, "--batched"],
     }

@@ -189,11 +189,26 @@ void sc_call_ref(sc_call *k)
     atomic_fetch_add(&k->refs, 1);
 }
 
+bool sc_call_copy(sc_call *k)
+{
+    k->owned = malloc(k->payload.n);
+    if (!k->owned) {
+        static const char text[] = "out of memory";
+        sc_call_reply(k, SC_RESOURCE_EXHAUSTED, text, sizeof text - 1, NULL, 0, true);
+        sc_call_unref(k);
+        return false;
+    }
+    memcpy(k->owned, k->payload.p, k->payload.n);
+    k->payload.p = k->owned;
+    return true;
+}
+
 void sc_call_unref(sc_call *k)
 {
     if (atomic_fetch_sub(&k->refs, 1) != 1)
         return;
     sc_stream_free(k);
+    sc_large_drop(k->conn->srv, k->large);
     sc_conn_unref(k->conn);
     free(k->metadata);
     free(k->owned);

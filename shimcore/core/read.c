@@ -30,6 +30,7 @@ void sc_conn_drop(sc_server *s, sc_conn *c)
     sc_stream_broken(c);
     sc_buf_free(&c->out);
     pthread_mutex_unlock(&c->lock);
+    sc_large_forget(s, c);
     while (parked) {
         sc_call *k = parked;
         parked = k->next_ready;
@@ -59,7 +60,7 @@ static void frame(sc_server *s, sc_conn *c, const sc_header *h, const uint8_t *d
     if (h->stream % 2 == 0)
         sc_conn_answer(c, h->stream, SC_INVALID_ARGUMENT, "StreamID must be odd for client initiated streams");
     else if (h->type == SC_REQUEST)
-        sc_server_request(s, c, h, data);
+        sc_server_request(s, c, h, data, h->length, NULL);
     else if (h->type == SC_DATA)
         sc_stream_data(c, h, data);
 }
@@ -92,6 +93,7 @@ static ssize_t frames(sc_server *s, sc_conn *c, const uint8_t *p, size_t n)
         if (n - at - SC_HEADER < h.length)
             break;
         frame(s, c, &h, p + at + SC_HEADER);
+        c->large_last = h.length >= SC_LARGE;
         at += SC_HEADER + h.length;
     }
     return (ssize_t)at;
@@ -105,6 +107,18 @@ bool sc_conn_quiet(sc_conn *c, bool ending)
     bool over = !c->inflight && (ending || !c->parked) && !c->out.len && !c->sending;
     pthread_mutex_unlock(&c->lock);
     return over;
+}
+
+/* Whole frames from the reader's buffer; the beginning of one more is kept. */
+static void take(sc_server *s, sc_conn *c, const uint8_t *p, size_t n)
+{
+    ssize_t took = frames(s, c, p, n);
+    if (took < 0 || ((size_t)took < n && !sc_buf_put(&c->in, p + took, n - (size_t)took))) {
+        sc_conn_flush(c);
+        sc_conn_drop(s, c);
+    } else if (c->in.len) {
+        sc_large_plan(s, c);
+    }
 }
 
 static void readable(sc_server *s, sc_conn *c, uint32_t ev)
@@ -127,7 +141,9 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
         if (!c->in.len)
             sc_buf_free(&c->in);
     }
-    size_t room = SC_RBUF;
+    if (c->large && !c->large->owner)
+        sc_large_forget(s, c); /* its room has not come yet, and we don't wait */
+    size_t room = c->large_last ? SC_FEW : SC_RBUF; /* few: what is received twice is copied twice */
     if (c->in.len) { /* the rest of a frame goes behind its beginning */
         size_t want = 65536;
         if (c->in.len >= SC_HEADER) {
@@ -143,7 +159,8 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
         to = c->in.p + c->in.len;
         room = c->in.cap - c->in.len;
     }
-    ssize_t n = recv(c->fd, to, room, MSG_DONTWAIT);
+    const uint8_t *next = NULL;
+    ssize_t n = c->large ? sc_large_receive(s, c, rbuf, &next) : recv(c->fd, to, room, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
         return;
     if (n <= 0) {
@@ -158,12 +175,11 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
             sc_conn_drop(s, c);
         return;
     }
-    if (to == rbuf) {
-        ssize_t took = frames(s, c, to, (size_t)n);
-        if (took < 0 || (took < n && !sc_buf_put(&c->in, to + took, (size_t)(n - took)))) {
-            sc_conn_flush(c);
-            sc_conn_drop(s, c);
-        }
+    if (next) {
+        if (!c->large)
+            take(s, c, next, (size_t)n - 1);
+    } else if (to == rbuf) {
+        take(s, c, to, (size_t)n);
     } else {
         c->in.len += (size_t)n;
         ssize_t took = frames(s, c, c->in.p, c->in.len);
@@ -172,6 +188,7 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
             sc_conn_drop(s, c);
         } else {
             c->consumed = (size_t)took;
+            sc_large_plan(s, c);
         }
     }
 }

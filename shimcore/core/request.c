@@ -160,7 +160,7 @@ static bool open_stream(sc_call *k, uint8_t flags, const sc_request *q)
     return ok;
 }
 
-void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8_t *data)
+void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8_t *data, size_t n, sc_large **large)
 {
     uint32_t stream = h->stream;
     if (stream <= c->last_stream) {
@@ -169,9 +169,14 @@ void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8
     }
     c->last_stream = stream;
     sc_request q;
-    if (!sc_request_parse(data, h->length, &q)) {
+    if (!sc_request_parse(data, n, &q)) {
         sc_conn_answer(c, stream, SC_INVALID_ARGUMENT, "request can't be parsed");
         return;
+    }
+    bool apart = large && !q.has_payload; /* else there was another one behind it, and the last one counts */
+    if (apart) {
+        q.payload = (sc_slice){(*large)->p, (*large)->n};
+        q.has_payload = true;
     }
     if (atomic_load(&s->draining)) {
         sc_conn_answer(c, stream, SC_UNAVAILABLE, "server is shutting down");
@@ -235,6 +240,12 @@ void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8
         if (r->kind & SC_STREAM_CLIENT && !open_stream(k, h->flags, &q)) {
             sc_call_reply(k, SC_RESOURCE_EXHAUSTED, "out of memory", 13, NULL, 0, true);
             sc_call_unref(k);
+            return;
+        }
+        if (apart && k->payload.n) {
+            k->large = *large;
+            *large = NULL;
+        } else if (large && k->payload.n && !sc_call_copy(k)) {
             return;
         }
         if (s->standin.acting) {

@@ -174,6 +174,7 @@ void sc_server_close_all(sc_server *s)
         sc_call_unref(k);
     }
     sc_server_flush(s);
+    sc_large_end(s);
     while (s->conns)
         sc_conn_drop(s, s->conns);
 }
@@ -296,7 +297,7 @@ static int handle(sc_server *s, struct epoll_event *e)
 int sc_server_handle(sc_server *s, bool standin)
 {
     int work = 0;
-    while (s->at < s->nev && (standin || !s->ready)) {
+    while (s->at < s->nev && (standin || (!s->ready && !s->wanting))) {
         struct epoll_event *e = &s->evs[s->at++];
         if (e->data.ptr)
             work |= handle(s, e);
@@ -328,11 +329,14 @@ void sc_server_poll(sc_server *s)
 int sc_server_wait(sc_server *s)
 {
     int work = sc_standin_return(s);
+    sc_large_begin(s);
     atomic_store_explicit(&s->reader, pthread_self(), memory_order_relaxed); /* only compared with one's own */
     for (;;) {
         work |= sc_server_handle(s, false);
         if (atomic_load(&s->has_events))
             work |= SC_WORK_EVENTS;
+        if (s->wanting || s->unused || atomic_load(&s->has_scrap))
+            work |= SC_WORK_ROOM;
         if (s->ready)
             work |= SC_WORK_CALLS;
         else if (atomic_load(&s->stop))

@@ -20,6 +20,17 @@ typedef struct sc_message {
     uint8_t p[];
 } sc_message;
 
+/* A request whose payload is received apart; see large.c. */
+typedef struct sc_large {
+    struct sc_large *next;
+    sc_header h;
+    void *owner; /* of the room; NULL until it is given */
+    uint8_t *p;  /* the payload: n bytes, of which `got` are there */
+    size_t n, got;
+    sc_buf rest; /* the request without its payload */
+    size_t tail; /* bytes of it that are to come behind the payload */
+} sc_large;
+
 typedef struct sc_conn {
     int kind; /* what epoll's pointer points to; see server.c */
     int fd;
@@ -31,6 +42,8 @@ typedef struct sc_conn {
     sc_buf in;       /* a frame that is not whole yet */
     size_t consumed; /* bytes of `in` that have been handled */
     sc_buf lent;     /* an earlier `in`, whose bytes calls of the RPC thread may still borrow */
+    sc_large *large; /* the request that is being received apart */
+    bool large_last; /* the last frame had many bytes */
     size_t skip;     /* what is left of a frame that is too long */
     uint32_t last_stream;
     bool eof; /* under lock too */
@@ -64,7 +77,8 @@ struct sc_call {
     atomic_bool done, cancelled;
     int64_t deadline;  /* ns of CLOCK_MONOTONIC; 0 none */
     sc_slice payload;  /* borrowed: until the next sc_server_wait */
-    uint8_t *owned;    /* or a copy, where the stand-in read it */
+    uint8_t *owned;    /* or a copy, where it can't be borrowed */
+    sc_large *large;   /* or the room in which it was received; sc_call_room */
     uint8_t *metadata; /* a copy, NULL if there is none */
     size_t metadata_len;
     bool parked;
@@ -89,18 +103,24 @@ typedef struct {
 } sc_limits;
 
 /* IDLE: draining, no call is left, and no answer is left to be sent. */
-enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN = 8, SC_WORK_IDLE = 16, SC_WORK_EVENTS = 32 };
+enum { SC_WORK_CALLS = 1, SC_WORK_NOTES = 2, SC_WORK_STOPPED = 4, SC_WORK_WOKEN = 8, SC_WORK_IDLE = 16, SC_WORK_EVENTS = 32,
+       SC_WORK_ROOM = 64 };
 
 sc_server *sc_server_new(sc_core *, const sc_limits *);
 void sc_server_free(sc_server *);
 int sc_server_listen(sc_server *, int fd);
-enum { SC_RBUF = 262144, SC_KEPT = 1048576 }; /* bytes read at a time; see sc_server_new */
+enum { SC_RBUF = 262144, SC_KEPT = 1048576, SC_LARGE = 32768, SC_FEW = 4096 }; /* bytes read at a time; see sc_server_new */
 enum { SC_NATIVE_STATE = 1, SC_NATIVE_WAIT, SC_NATIVE_CONNECT, SC_STREAM_CLIENT = 16, SC_STREAM_SERVER = 32 };
 /* kind: 0 a Python method, SC_NATIVE_*, or which side of a Python method streams. Before the first wait only. */
 int sc_server_method(sc_server *, const char *service, const char *method, int kind, int index);
 /* Block for work; a mask of SC_WORK_*. */
 int sc_server_wait(sc_server *);
 sc_call *sc_server_next(sc_server *); /* the caller owns the reference; NULL: none left */
+/* On SC_WORK_ROOM: what to free, until it is NULL; then the bytes that are wanted, or 0, and an owner of so many at p. */
+void *sc_server_scrap(sc_server *);
+size_t sc_server_room(sc_server *);
+void sc_server_give(sc_server *, void *owner, uint8_t *p);
+void *sc_call_room(sc_call *); /* the owner of its payload, from now on the caller's; only where `large` is set */
 void sc_server_flush(sc_server *);
 void sc_server_wake(sc_server *);
 void sc_server_drain(sc_server *); /* no new connections or calls; any thread */
@@ -148,9 +168,19 @@ void sc_conn_drop(sc_server *, sc_conn *);
 void sc_conn_ready(sc_server *, sc_conn *, uint32_t events);
 bool sc_conn_quiet(sc_conn *, bool ending);
 void sc_conn_answer(sc_conn *, uint32_t stream, int32_t code, const char *text);
-void sc_server_request(sc_server *, sc_conn *, const sc_header *h, const uint8_t *data);
+/* large: the payload that stands apart from `data`, or NULL; NULL in it when a call has taken it. */
+void sc_server_request(sc_server *, sc_conn *, const sc_header *h, const uint8_t *data, size_t n, sc_large **large);
+/* large.c, with the role */
+void sc_large_plan(sc_server *, sc_conn *);   /* `in` has the beginning of a frame: ask for room if it is worth it */
+void sc_large_begin(sc_server *);             /* with the room that was given */
+void sc_large_forget(sc_server *, sc_conn *); /* receive it like any other, or not at all */
+void sc_large_end(sc_server *);
+/* What recv gives, and next: what stands behind the payload, all but one of the bytes that are returned. */
+ssize_t sc_large_receive(sc_server *, sc_conn *, uint8_t *rbuf, const uint8_t **next);
+void sc_large_drop(sc_server *, sc_large *); /* any thread */
 sc_call *sc_conn_call(sc_conn *, uint32_t stream); /* under its lock */
 /* conn.c, for server.c */
+bool sc_call_copy(sc_call *); /* of its payload; false: no memory, and it has been answered and let go of */
 void sc_conn_unref(sc_conn *);
 void sc_server_unref(sc_server *);
 /* of: the call that it belongs to, or NULL. With its last frame it leaves the connection's list in the same step in which that
@@ -203,6 +233,13 @@ struct sc_server {
     uint8_t *rbuf;
     int64_t accept_again; /* 0, or when to try accept after EMFILE */
     atomic_bool draining, stop;
+    sc_conn *wanting;      /* it waits for room; under role */
+    size_t room;           /* how much; RPC thread, as the next three */
+    void *given, *unused;  /* room; and what came to nothing */
+    uint8_t *given_at;
+    atomic_size_t promised; /* bytes of room, all connections' */
+    sc_large *scrap;       /* under dirty_lock */
+    atomic_bool has_scrap;
     pthread_mutex_t event_lock;
     sc_call *events, **events_tail;
     atomic_bool has_events;

@@ -45,17 +45,8 @@ static void rouse(struct standin *t)
 void sc_standin_hold(sc_server *s, sc_call *k)
 {
     struct standin *t = &s->standin;
-    if (k->payload.n) {
-        k->owned = malloc(k->payload.n);
-        if (!k->owned) {
-            static const char text[] = "out of memory";
-            sc_call_reply(k, SC_RESOURCE_EXHAUSTED, text, sizeof text - 1, NULL, 0, true);
-            sc_call_unref(k);
-            return;
-        }
-        memcpy(k->owned, k->payload.p, k->payload.n);
-        k->payload.p = k->owned;
-    }
+    if (k->payload.n && !k->large && !k->owned && !sc_call_copy(k))
+        return;
     t->held += sizeof *k + k->payload.n + k->metadata_len;
     *t->ready_tail = k;
     t->ready_tail = &k->next_ready;

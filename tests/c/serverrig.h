@@ -89,12 +89,34 @@ static inline int srv_told(const sc_call *k)
     return t.events;
 }
 
+/* Room for large requests: how much is out, how often it was given, and whether there is any. */
+static size_t rooms_out, rooms_given;
+static atomic_bool no_room;
+
+static inline void srv_room(void)
+{
+    void *owner;
+    while ((owner = sc_server_scrap(srv))) {
+        free(owner);
+        rooms_out--;
+    }
+    size_t n = sc_server_room(srv);
+    uint8_t *p = n && !atomic_load(&no_room) ? malloc(n) : NULL;
+    if (p) {
+        rooms_out++;
+        rooms_given++;
+        sc_server_give(srv, p, p);
+    }
+}
+
 static inline void *srv_loop(void *arg)
 {
     CHECK_EQ(sc_standin_start(srv), 0);
     for (;;) {
         int work = sc_server_wait(srv);
         sc_call *k;
+        if (work & SC_WORK_ROOM)
+            srv_room();
         while ((k = sc_server_next(srv)))
             srv_handle(k);
         if (work & SC_WORK_EVENTS)
@@ -105,6 +127,7 @@ static inline void *srv_loop(void *arg)
             break;
     }
     sc_server_close_all(srv);
+    srv_room();
     return arg;
 }
 

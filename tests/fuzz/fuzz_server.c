@@ -49,7 +49,13 @@ static void turn(void)
     sc_server_wake(srv);
     int work = sc_server_wait(srv), events;
     sc_call *k;
-    (void)work;
+    void *room;
+    if (work & SC_WORK_ROOM) {
+        while ((room = sc_server_scrap(srv)))
+            free(room);
+        if (sc_server_room(srv) && (room = malloc(sc_server_room(srv))))
+            sc_server_give(srv, room, room);
+    }
     while ((k = sc_server_events(srv, &events))) {
         MUST(events && !(events & ~(SC_READABLE | SC_WRITABLE | SC_CANCELLED)));
         sc_call_unref(k);
@@ -157,6 +163,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     MUST(sc_server_inflight(srv) == 0);
     MUST(!slot->waiters);
     MUST(!atomic_load(&srv->has_events));
+    turn();
+    MUST(!atomic_load(&srv->promised) && !srv->scrap && !srv->unused);
 
     /* Another client finds all well. */
     static const uint8_t ping[] = "\0\0\0\x09\0\0\0\1\1\1\x0a\1s\x12\1E\x1a\1!", pong[] = "\0\0\0\3\0\0\0\1\2\0\x12\1!";
