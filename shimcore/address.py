@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SOCKET_DIR = "/run/containerd/s"
 ADDRESS_FILE = "address"
+BOOTSTRAP_FILE = "bootstrap.json"  # of containerd 2: what `start` answered, or would have
+SOCKET_DIR_FILE = "socket_dir"
 DEBUG_SUFFIX = ".debug"  # what is added to the task socket's path for the socket that debug.py listens on
 # Go's shim refuses a longer one: 108 bytes of sun_path, less the NUL and one to spare.
 MAX_PATH = 106
@@ -325,3 +327,41 @@ def read_address(bundle: str = ".") -> str:
     if not data:
         raise NotFound(f"{path}: empty")
     return os.fsdecode(data)
+
+
+def known_address(bundle: str = ".") -> str:
+    """The address in the bundle, in our own file or in the one that containerd 2 writes.
+
+    The latter is all that a container has which has joined a pod's shim without a `start` of its own. Raises NotFound, OSError."""
+    from .util import json_loads, read_file_to_str
+
+    try:
+        return read_address(bundle)
+    except NotFound:
+        try:
+            found = json_loads(read_file_to_str(os.path.join(bundle, BOOTSTRAP_FILE)))
+        except (FileNotFoundError, ValueError, RecursionError):
+            found = None
+        known = found.get("address") if isinstance(found, dict) else None
+        if not isinstance(known, str) or not known:
+            raise
+        return known
+
+
+def note_socket_dir(socket_dir: str, bundle: str = ".") -> None:
+    """Keep in the bundle where the socket will be, if containerd 2.3 or later wants it elsewhere than in SOCKET_DIR: `delete` is not
+    told, and a `start` that is killed leaves no address. Raises OSError."""
+    from .util import write_str_to_file
+
+    if socket_dir.rstrip("/") != SOCKET_DIR:
+        write_str_to_file(os.path.join(bundle, SOCKET_DIR_FILE), socket_dir)
+
+
+def noted_socket_dir(bundle: str = ".") -> str:
+    """What note_socket_dir has kept, else SOCKET_DIR. Raises OSError."""
+    from .util import read_file_to_str
+
+    try:
+        return read_file_to_str(os.path.join(bundle, SOCKET_DIR_FILE)) or SOCKET_DIR
+    except (FileNotFoundError, NotADirectoryError):
+        return SOCKET_DIR

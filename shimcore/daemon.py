@@ -119,9 +119,9 @@ def spawn(
     Unavailable with the daemon's own words when it ends before it serves, DeadlineExceeded when it does not get there in
     ready_timeout seconds, and what address.bind_or_reuse raises.
     """
-    where = address.socket_address(
-        opts.address, opts.namespace, grouping or opts.id, **({"socket_dir": opts.socket_dir} if opts.socket_dir else {})
-    )
+    socket_dir = opts.socket_dir or address.SOCKET_DIR
+    where = address.socket_address(opts.address, opts.namespace, grouping or opts.id, socket_dir=socket_dir)
+    address.note_socket_dir(socket_dir)
     listener, reused = address.bind_or_reuse(where)
     if reused or listener is None:
         address.write_address(where)

@@ -96,12 +96,16 @@ def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
 def _note(
     core: _reaper.Core, task: Task | None, end: Callable[[], None], debug: Debug | None = None
 ) -> Callable[[tuple[Any, ...]], None]:
-    """What becomes of the core's notes that no RPC waits for. end: called after a SIGTERM once no process is alive."""
+    """What becomes of the core's notes that no RPC waits for. end: called after a SIGTERM once no process is alive, and the
+    task service holds nothing else."""
     asked: list[int] = []
 
     def end_if_asked() -> None:
-        if asked and task is not None and task.native and not _alive(core):
+        if asked and task is not None and task.native and not _alive(core) and not task.holds():
             end()
+
+    if task is not None:
+        task._let_go = end_if_asked
 
     def handle(note: tuple[Any, ...]) -> None:
         kind = note[0]
@@ -139,10 +143,10 @@ LEFT_TIMEOUT = 2.0  # seconds for a dead shim's events; containerd kills `delete
 
 def _send_left(core: _reaper.Core, invocation: Invocation) -> None:
     """Hand over what the shim of this bundle could not, unless that shim lives and will do so itself."""
-    from .address import parse_sockaddr, read_address, wait_socket_working
+    from .address import known_address, parse_sockaddr, wait_socket_working
 
     try:
-        address = read_address(invocation.flags.bundle or ".")
+        address = known_address(invocation.flags.bundle or ".")
         path = spill_path(parse_sockaddr(address)[1])
         if not invocation.ttrpc_address or not os.path.exists(path) or wait_socket_working(address):
             return

@@ -99,6 +99,18 @@ class Task:
     def on_pid(self, pid: int, status: int) -> None:
         """Called on the RPC thread when a child was reaped (not with `native`): status is its code, or 128 + signal."""
 
+    def holds(self) -> bool:
+        """Whether a SIGTERM must not end the shim yet for what is not in the exit table, a pod's sandbox for one. On the RPC
+        thread; must not block."""
+        return False
+
+    def let_go(self) -> None:
+        """For a service whose holds() has become false: ends the shim if a SIGTERM waits for that. On the RPC thread."""
+        if self._let_go is not None:
+            self._let_go()
+
+    _let_go: Callable[[], None] | None = None  # set by who serves
+
     def on_signal(self, signum: int) -> None:
         """Called on the RPC thread when the shim got SIGTERM, SIGINT or SIGPIPE, which have been logged; must not block."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import threading
@@ -51,6 +52,8 @@ class Shim:
         self.id = f"pod{os.urandom(3).hex()}"
         self.bundle = rig.bundle_path(self.id)
         self.bundle.mkdir(parents=True)
+        os.mkfifo(self.bundle / "log")
+        self.log = os.open(self.bundle / "log", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         started = rig.activator.start(self.id, self.bundle, rig.options)
         self.address = started.address
         rig.leaks.addresses.add(started.address)
@@ -79,6 +82,7 @@ class Shim:
         self.client.close()
         self.rig.activator.delete(self.id, self.bundle)
         wait_for("end of the shim", lambda: not alive(self.pid))
+        os.close(self.log)
         assert not [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(self.bundle) in line]
         shutil.rmtree(self.bundle)
 
@@ -120,6 +124,28 @@ def test_from_create_to_shutdown(shim: Shim) -> None:
     assert (after.state, after.exited_at) == ("SANDBOX_NOTREADY", ended[0].exited_at)
     shim.call("ShutdownSandbox")
     wait_for("end of the shim", lambda: not alive(shim.pid))
+
+
+# red: only the processes of the exit table looked at after a SIGTERM
+def test_sigterm_waits_for_the_end_of_the_sandbox(make_rig: Callable[..., Rig], shim_dir: Path) -> None:
+    shim = Shim(make_rig(shim_dir / "containerd-shim-runc-v2-py", generation="2.3", debug=True))
+    gone = os.pidfd_open(shim.pid)
+    try:
+        shim.create()
+        shim.call("StartSandbox")
+        os.kill(shim.pid, signal.SIGTERM)
+        log = b""
+        while b"SIGTERM" not in log:  # it is handled on the thread that answers
+            assert select.select([shim.log], [], [], 10)[0], log
+            log += os.read(shim.log, 65536)
+        assert shim.call("SandboxStatus").state == READY
+        assert not select.select([gone], [], [], 0.2)[0]
+        shim.call("StopSandbox")
+        assert shim.call("WaitSandbox").exit_status == 137
+        assert select.select([gone], [], [], 10)[0], "the shim did not end"
+    finally:
+        os.close(gone)
+        shim.end()
 
 
 def test_of_namespaces_the_pod_gets_what_it_asks_for(shim: Shim) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from shimcore.bootstrap import Config, parse_flags
+from shimcore.address import known_address
+from shimcore.bootstrap import Config, StartOpts, parse_flags
+from shimcore.errors import NotFound
 from shimcore.oci import shim
 from shimcore.oci.options import Options
 from shimcore.util import write_options
@@ -39,7 +44,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
     child.wait()
 
 
-def delete(tmp_path: Path) -> tuple[int, int]:
+def delete(tmp_path: Path, address: str = "") -> tuple[int, int]:
     """Runs `delete` for c1 with a runtime that notes its calls; (pid, exit status) as told."""
     bundle = tmp_path / "c1"
     bundle.mkdir(exist_ok=True)
@@ -50,7 +55,7 @@ def delete(tmp_path: Path) -> tuple[int, int]:
     options.root = str(tmp_path / "state")
     write_options(str(bundle), options.values())
     (bundle / "runtime").write_text(str(runtime))
-    flags = parse_flags(["-namespace", "ns", "-id", "c1", "-bundle", str(bundle), "delete"])
+    flags = parse_flags(["-namespace", "ns", "-id", "c1", "-address", address, "-bundle", str(bundle), "delete"])
     result = shim.RuncShim("io.containerd.runc.v2-py", flags, Config()).delete_shim()
     return result.pid, result.exit_status
 
@@ -110,13 +115,16 @@ def test_delete_without_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     os.chdir("/")
 
 
-def test_delete_removes_a_dead_shims_socket(tmp_path: Path) -> None:
-    import socket
-
-    path = tmp_path / "s"
+def listener(path: Path) -> socket.socket:
     server = socket.socket(socket.AF_UNIX)
     server.bind(str(path))
     server.listen()
+    return server
+
+
+def test_delete_removes_a_dead_shims_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    server = listener(path)
     (tmp_path / "c1").mkdir()
     (tmp_path / "c1/address").write_text(f"unix://{path}")
     delete(tmp_path)
@@ -124,3 +132,58 @@ def test_delete_removes_a_dead_shims_socket(tmp_path: Path) -> None:
     server.close()
     delete(tmp_path)
     assert not path.exists()
+
+
+# red: the address looked for in the shim's own file alone
+def test_delete_removes_the_dead_socket_of_a_pod_that_was_joined_without_a_start(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    listener(path).close()
+    (tmp_path / "c1").mkdir()
+    written = {"version": 3, "address": f"unix://{path}", "protocol": "ttrpc"}  # by containerd 2.3
+    (tmp_path / "c1/bootstrap.json").write_text(json.dumps(written))
+    delete(tmp_path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"address": 7}', '{"address": ""}'])
+def test_delete_takes_no_address_from_a_file_that_has_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c1").mkdir()
+    (tmp_path / "c1/bootstrap.json").write_text(text)
+    with pytest.raises(NotFound):
+        known_address(str(tmp_path / "c1"))
+    assert delete(tmp_path)[1] == 137
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A socket's path is at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="s") as folder:
+        yield Path(folder)
+
+
+# red: the folder of the socket taken for /run/containerd/s wherever containerd has it
+@pytest.mark.parametrize("group", ["c1", "pod"])
+def test_delete_finds_the_socket_of_a_killed_start_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_folder: Path, group: str
+) -> None:
+    bundle = tmp_path / "c1"
+    bundle.mkdir()
+    if group == "pod":
+        spec = {"annotations": {"io.kubernetes.cri.sandbox-id": "pod"}}
+        (bundle / "config.json").write_text(json.dumps(spec))
+    bound = []
+
+    def killed(address: str) -> None:
+        bound.append(Path(address.removeprefix("unix://")))
+        listener(bound[0]).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(bundle)
+    monkeypatch.setattr("shimcore.address.bind_or_reuse", killed)
+    opts = StartOpts("c1", address="/containerd", namespace="ns", socket_dir=str(short_folder))
+    flags = parse_flags(["-namespace", "ns", "-id", "c1", "-address", "/containerd", "start"])
+    with pytest.raises(KeyboardInterrupt):
+        shim.RuncShim("io.containerd.runc.v2-py", flags, Config()).start_shim(opts)
+    assert bound[0].parent == short_folder and bound[0].exists() and not (bundle / "address").exists()
+    delete(tmp_path, "/containerd")
+    assert not bound[0].exists()

@@ -21,6 +21,7 @@ from .shim import POD_FILES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
 
     from .._reaper import Core, ExitSignal
     from .._ttrpc import Context, Server
@@ -47,8 +48,10 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686":
 class Sandbox:
     """The one sandbox that a shim may be: its service. alive: from CreateSandbox to ShutdownSandbox."""
 
-    def __init__(self, core: Core, exit: ExitSignal) -> None:
+    def __init__(self, core: Core, exit: ExitSignal, on_end: Callable[[], None] = lambda: None) -> None:
+        """on_end: called when `running` has become false."""
         self.core = core
+        self._on_end = on_end
         self.id = ""
         self.exit = exit
         self.alive = False
@@ -67,6 +70,11 @@ class Sandbox:
     def _check(self, id: str) -> None:
         if not self.alive or id != self.id:
             raise NotFound(f"sandbox {id} is not there")
+
+    @property
+    def running(self) -> bool:
+        """From CreateSandbox to its end, whoever ends it."""
+        return self.alive and not self.ended.is_set()
 
     @property
     def _ready(self) -> bool:
@@ -224,6 +232,11 @@ class Sandbox:
         if self.pid and self._over:
             logger.info("the sandbox has ended", id=self.id, status=self.exit_status)
             self.ended.set()
+            jobs.Task(self.core, self._say_end()).step()
+
+    async def _say_end(self) -> None:
+        await jobs.sleep(LEAVE_AFTER)
+        self._on_end()
 
     def _let_go(self) -> None:
         fd, self._control = self._control, -1

@@ -44,7 +44,10 @@ class RuncTask(Restore):
 
     def __init__(self, publisher: RemotePublisher, exit: ExitSignal) -> None:
         super().__init__(publisher, exit)
-        self.sandbox = Sandbox(self.core, exit)
+        self.sandbox = Sandbox(self.core, exit, self.let_go)
+
+    def holds(self) -> bool:
+        return self.sandbox.running
 
     def unused(self) -> bool:
         return not self.containers and not self.sandbox.alive

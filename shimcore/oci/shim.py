@@ -49,6 +49,14 @@ def grouping(spec: dict[str, Any], id: str) -> str:
     return id
 
 
+def _group(bundle: str, id: str) -> str:
+    """grouping() of a bundle. Raises InvalidArgument, OSError."""
+    try:
+        return grouping(read_spec(bundle), id)
+    except NotFound:  # a sandbox has no config.json, and is its own group
+        return id
+
+
 class RuncShim(Shim):
     """containerd-shim-runc-v2-py."""
 
@@ -60,11 +68,7 @@ class RuncShim(Shim):
 
         # Whatever is wrong with the options is said before there is a daemon.
         options = from_any(*opts.options) if opts.options is not None else Options()
-        try:
-            group = grouping(read_spec(os.curdir), opts.id)
-        except NotFound:  # a sandbox has no config.json, and is its own group
-            group = opts.id
-        pid, address = spawn(opts, group)
+        pid, address = spawn(opts, _group(os.curdir, opts.id))
         if pid:
             _place(pid, address, options.shim_cgroup)
         return address
@@ -295,17 +299,18 @@ def _umount(rootfs: str) -> None:
 def _remove_dead_socket(bundle: str, flags: Flags) -> None:
     """A shim that was killed leaves its socket; that of a group's living shim answers, and stays. A `start` that was killed
     may have left one before there was an address file."""
-    from ..address import read_address, remove_socket, socket_address, wait_socket_working
+    from ..address import known_address, noted_socket_dir, remove_socket, socket_address, wait_socket_working
 
     try:
         try:
-            address = read_address(bundle)
+            address = known_address(bundle)
         except NotFound:
-            address = socket_address(flags.address, flags.namespace, grouping(read_spec(bundle), flags.id))
+            group, folder = _group(bundle, flags.id), noted_socket_dir(bundle)
+            address = socket_address(flags.address, flags.namespace, group, socket_dir=folder)
         if not wait_socket_working(address):
             remove_socket(address)
     except ShimError:
-        pass  # no bundle, mostly
+        pass  # an address that is none of a socket's
     except OSError as error:
         _warn("socket of a dead shim can't be removed", error)
 
