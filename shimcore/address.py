@@ -332,7 +332,7 @@ def read_address(bundle: str = ".") -> str:
 def known_address(bundle: str = ".") -> str:
     """The address in the bundle, in our own file or in the one that containerd 2 writes.
 
-    The latter is all that a container has which has joined a pod's shim without a `start` of its own. Raises NotFound, OSError."""
+    A container that has joined a pod's shim without a `start` of its own has the latter alone. Raises NotFound, OSError."""
     from .util import json_loads, read_file_to_str
 
     try:
@@ -349,8 +349,9 @@ def known_address(bundle: str = ".") -> str:
 
 
 def note_socket_dir(socket_dir: str, bundle: str = ".") -> None:
-    """Keep in the bundle where the socket will be, if containerd 2.3 or later wants it elsewhere than in SOCKET_DIR: `delete` is not
-    told, and a `start` that is killed leaves no address. Raises OSError."""
+    """Keep in the bundle where the socket will be, if containerd 2.3 or later wants it elsewhere than in SOCKET_DIR.
+
+    `delete` is not told of it, and a `start` that is killed leaves no address. Raises OSError."""
     from .util import write_str_to_file
 
     if socket_dir.rstrip("/") != SOCKET_DIR:

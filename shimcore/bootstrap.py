@@ -174,6 +174,13 @@ class Invocation:
         self.socket_dir: str | None = None
         self.sched_core = False
 
+    def version(self, offered: int) -> int:
+        """The version of the task API to answer `start` with, of at most the one offered.
+
+        3 is for who has sent BootstrapParams: 1.7 refuses it and can't be told from 2.0 to 2.2. With 3 containerd hands the
+        containers of a pod to the shim of its sandbox, with no `start` for them. Source: ShimManager.Start of containerd 2."""
+        return offered if self.generation == GEN_23 else min(offered, 2)
+
     def start_opts(self) -> StartOpts:
         """What Shim.start_shim is given."""
         flags = self.flags

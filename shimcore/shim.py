@@ -38,6 +38,10 @@ class Shim:
     constructor may change: whatever it sets is honoured, no_reaper and no_sub_reaper too.
     """
 
+    # 3: this shim may be told of the containers of its pod without a `start` for each, as containerd 2.3 and later does from that
+    # version on. 2: each has a `start` of its own. The Task API is served as both either way.
+    api_version = 2
+
     def __init__(self, runtime_id: str, flags: Flags, config: Config) -> None:
         from ._reaper import ExitSignal
 
@@ -175,7 +179,8 @@ def prepare(config: Config) -> None:
 def _start(cls: type[Shim], runtime_id: str, config: Config, invocation: bootstrap.Invocation) -> bytes:
     shim = cls(runtime_id, invocation.flags, config)
     prepare(config)
-    return bootstrap.encode_address(shim.start_shim(invocation.start_opts()), invocation.generation)
+    address = shim.start_shim(invocation.start_opts())
+    return bootstrap.encode_address(address, invocation.generation, version=invocation.version(cls.api_version))
 
 
 def _become(cls: type[Shim], runtime_id: str, config: Config, guard: _Guard | Guard, result: bytes) -> bytes:

@@ -206,6 +206,27 @@ def test_the_plain_address_works_everywhere(generation: str) -> None:
     assert b.encode_address(ADDRESS, generation) == ADDRESS.encode()
 
 
+@pytest.mark.parametrize(
+    ("env", "stdin", "version"),
+    [
+        (ENV_16, b"", 2),
+        (ENV_16, any_of().SerializeToString(), 2),
+        (ENV_17, b"", 2),
+        (ENV_17, any_of().SerializeToString(), 2),
+        ({**ENV_17, "MAX_SHIM_VERSION": "3"}, any_of().SerializeToString(), 2),  # nobody sets it to what it takes
+        (ENV_17, params().SerializeToString(), 3),
+    ],
+)
+def test_version_3_is_for_who_sends_bootstrap_params(env: dict[str, str], stdin: bytes, version: int) -> None:
+    run = b.parse_invocation(START, env, stdin)
+    assert (run.version(3), run.version(2)) == (version, 2)
+    said = b.encode_address(ADDRESS, run.generation, version=run.version(3))
+    if version == 2:
+        assert said == ADDRESS.encode()
+    else:
+        assert bootstrap_pb2.BootstrapResult.FromString(said).version == 3
+
+
 def test_bootstrap_result() -> None:
     data = b.encode_address(ADDRESS, b.GEN_23, version=3, metadata={"k": "v ", " ": ""})
     result = bootstrap_pb2.BootstrapResult.FromString(data)

@@ -60,6 +60,8 @@ def _group(bundle: str, id: str) -> str:
 class RuncShim(Shim):
     """containerd-shim-runc-v2-py."""
 
+    api_version = 3
+
     _task: RuncTask | None = None
 
     def start_shim(self, opts: StartOpts) -> str:

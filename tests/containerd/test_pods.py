@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import pytest
 
 from tests.containerd.conftest import TRAPPED, Box
+from tests.containerd.cri import containerd_version
 from tests.containerd.daemon import alive, wait_for
 from tests.containerd.test_run import trapped
 
@@ -48,6 +50,16 @@ def test_a_pod_has_one_shim(box: Box) -> None:
     assert box.status(group) == "RUNNING" and alive(shim)
     assert end(box, group, pause) == 7
     wait_for("end of the shim", lambda: not alive(shim))
+
+
+def test_the_version_of_the_task_api(box: Box) -> None:
+    """Of what `start` has answered, as containerd keeps it. 1.6 keeps the plain address alone, which is version 2."""
+    name, pid = box.start("/bin/sh", "-c", TRAPPED)
+    kept = box.daemon.bundle(name) / "bootstrap.json"
+    version = json.loads(kept.read_text())["version"] if kept.exists() else 2
+    since = (2, 3) if box.ours else (2, 0)
+    assert version == (3 if containerd_version() >= since else 2)
+    assert end(box, name, pid) == 7
 
 
 def test_a_pod_outlives_containerd(box: Box) -> None:

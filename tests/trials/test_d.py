@@ -33,6 +33,9 @@ def rig(request: pytest.FixtureRequest, shim_dir: Path, rootfs: Path) -> Rig:
 # red: the answer always JSON of version 3: 1.6 and 1.7 take it for an address
 def test_D1_one_shim_for_every_containerd(rig: Rig) -> None:
     container = rig.container(["sh", "-c", "echo out; exit 5"])
+    started = container.started
+    newest = rig.activator.generation == "2.3"
+    assert (started.form, started.version) == (("protobuf", 3) if newest else ("plain", 2))
     assert container.run() == 5 and container.output == "out\n"
     container.delete()
 
@@ -54,7 +57,10 @@ def give(rig: Rig, stdin: bytes) -> None:
 
 
 # red: the first that parses is taken: an Any of options is BootstrapParams for a container called like its type
-@pytest.mark.parametrize("kind", ["params", "any", "empty"])
+# Who sends BootstrapParams is answered as 2.3 is.
+@pytest.mark.parametrize(
+    ("rig", "kind"), [("2.3", "params"), *((one, kind) for one in GENERATIONS for kind in ("any", "empty"))], indirect=["rig"]
+)
 def test_D2_stdin_is_understood(rig: Rig, kind: str) -> None:
     """Options that ask for the impossible show that they were read; without them it starts as if nothing had been said."""
     id = f"d2-{uuid.uuid4().hex[:8]}"
