@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shimcore.errors import NotFound, ShimError
+from shimcore.errors import Closed, NotFound, ShimError
 from shimcore.rig.activate import GENERATIONS, ActivationError
 from shimcore.rig.events import DOWN, MUTE, UP, Event
 from shimcore.rig.leaks import alive
@@ -66,11 +66,18 @@ def _exit(rig: Rig, container: Session, process: str = "", timeout: float = 10.0
     return rig.events.wait("/tasks/exit", container=container.id, process=process, timeout=timeout)
 
 
-def _killed(rig: Rig, container: Session) -> None:
+def _killed(rig: Rig, container: Session, *, may_end: bool = False) -> None:
+    """may_end: the shim may do so once it has told the exit."""
     container.task.kill(signal.SIGKILL)
-    _same("exit status after SIGKILL", container.wait(), 137)
-    _exit(rig, container)
-    container.delete()
+    if not may_end:
+        _same("exit status after SIGKILL", container.wait(), 137)
+    _same("exit that is told after SIGKILL", _exit(rig, container).message.exit_status, 137)
+    try:
+        container.delete()
+    except Closed:
+        if not may_end:
+            raise
+        container.cleanup()
 
 
 def whole_life(rig: Rig) -> None:
@@ -246,7 +253,7 @@ def terminated(rig: Rig) -> None:
     container.kill_shim(signal.SIGTERM)
     _same("State", container.task.state().status, 2)
     _check(alive(container.pid), "the container has died of it")
-    _killed(rig, container)
+    _killed(rig, container, may_end=True)
 
 
 def shim_killed(rig: Rig) -> None:
