@@ -10,8 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from benchmarks.lifecycle import lifecycle
+from benchmarks.start.timer import Timer
 from shimcore.rig import Rig
 from shimcore.rig.templates import end_templates
 
@@ -21,10 +23,11 @@ _TMPFS = "/dev/shm"  # containerd's state is on a tmpfs, /run, as a rule
 
 
 class Sides:
-    """name → rig, in `rigs`; templates: the directory of ours."""
+    """name → rig, in `rigs`, and name → what times its binary, in `timers`; templates: the directory of ours."""
 
-    def __init__(self, rigs: dict[str, Rig], templates: str) -> None:
+    def __init__(self, rigs: dict[str, Rig], timers: dict[str, Timer], templates: str) -> None:
         self.rigs = rigs
+        self.timers = timers
         self.templates = templates
 
     def order(self, number: int) -> list[str]:
@@ -50,17 +53,23 @@ def opened(options: argparse.Namespace) -> Iterator[Sides]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.callback(end_templates, folder)
         warm = {"SHIMCORE_TEMPLATE": "1", "SHIMCORE_TEMPLATE_DIR": folder}
-        rigs = {GO: stack.enter_context(Rig(options.stock, strict=False, timeout=60))}
+        timers: dict[str, Timer] = {}
+
+        def rig(name: str, shim: str, env: dict[str, str], **more: Any) -> Rig:
+            timers[name] = Timer(shim, folder)
+            return stack.enter_context(Rig(timers[name].binary, env={**env, **timers[name].env}, timeout=60, **more))
+
+        rigs = {GO: rig(GO, options.stock, {}, strict=False)}
         if shutil.which(options.rust):
             # It takes its bundle's options as the newer containerds give them only.
-            rigs[RUST] = stack.enter_context(Rig(options.rust, generation="2.3", strict=False, timeout=60))
+            rigs[RUST] = rig(RUST, options.rust, {}, generation="2.3", strict=False)
         else:
             print(f"no {options.rust}: Rust's shim is left out", file=sys.stderr)
-        rigs[WARM] = stack.enter_context(Rig(options.shim, env=warm, timeout=60))
+        rigs[WARM] = rig(WARM, options.shim, warm)
         if not options.no_plain:
-            rigs[PLAIN] = stack.enter_context(Rig(options.shim, env={"SHIMCORE_TEMPLATE": "0"}, timeout=60))
+            rigs[PLAIN] = rig(PLAIN, options.shim, {"SHIMCORE_TEMPLATE": "0"})
         for _ in range(2):
             for rig in rigs.values():
                 lifecycle(rig)
             time.sleep(0.5)
-        yield Sides(rigs, folder)
+        yield Sides(rigs, timers, folder)

@@ -1,12 +1,14 @@
 """How long a shim takes to start and to clean up, and how many containers a second go through it; all shims alternate in one run.
 
-start            exec of the binary → end of its output, as containerd reads it
+start            posix_spawn of the binary → end of its output and of itself, as containerd waits for both (benchmarks/c/timer.c)
 start, CPU       what that cost in CPU time: the binary, what it left behind by then, and the template's work for the next
 create           exec of the binary → Create answered, `runc create` included
 delete, gone     the binary's `delete` after the container's ordinary end: the runtime's state is gone
 delete, there    after a SIGKILL of the shim: the container lives, and the runtime is asked to delete it
 one by one       lives of containers per second (create, start, kill, wait, delete, cleanup)
 8 at once        the same from 8 threads of the one driver
+
+floors           of a program that does nothing, and of our launcher with a template that answers at once
 
 --picture FILE: an SVG. The first start after a template's end ("cold") is a plain one.
 """
@@ -21,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from benchmarks.lifecycle import INIT, floor, lifecycle, machine, timed
+from benchmarks.lifecycle import INIT, lifecycle, machine, timed
 from benchmarks.sides import GO, WARM, Sides, arguments, opened
+from benchmarks.start.timer import floors
 from benchmarks.svg import bars
 from shimcore.rig import Rig
 from shimcore.rig.compare import p99
@@ -59,14 +62,15 @@ def one(sides: Sides, name: str) -> dict[str, float]:
     # A spare that became the daemon had been prepared before: that work counts as the next one's does.
     used = _children() - before + cpu([box.shim_pid])
     used += sum(cpu([pid]) - had for pid, had in helpers.items() if Path(f"/proc/{pid}").exists() and pid != box.shim_pid)
-    found = {"start": (box.started.ended - box.started.began) / 1e6, "start, CPU": used}
+    found = {"start": sides.timers[name].last("start"), "start, CPU": used}
     box.create()
     found["create"] = (time.monotonic_ns() - box.started.began) / 1e6
     box.start()
     box.kill_shim()
-    gone = box.cleanup()
-    found["delete, there"] = (gone.ended - gone.began) / 1e6
-    found["delete, gone"] = lifecycle(rig)["cleanup"]
+    box.cleanup()
+    found["delete, there"] = sides.timers[name].last("delete")
+    lifecycle(rig)
+    found["delete, gone"] = sides.timers[name].last("delete")
     return found
 
 
@@ -104,7 +108,9 @@ def main() -> None:
         print(f"| {what} | {'1/s' if what in RATES else 'ms'} |{''.join(cells)}")
         more = " (more is better)" if what in RATES else ""
         groups.append((what + more, {name: median(v) / base for name, v in columns.items()}))
-    print(f"\nfloor: running /bin/true this way takes {median(floor(options.rounds)):.2f} ms.")
+    print("\nfloors of `start`, the same way:")
+    for what, values in floors(options.shim, options.rounds).items():
+        print(f"- {what}: {median(values):.2f} ms, {median(values) / median(found['start'][GO]):.2f} of Go's start")
     if options.picture:
         title = "a shim's start and end, as a multiple of the stock Go shim's (the line)"
         options.picture.write_text(bars(title, groups, "ours"))

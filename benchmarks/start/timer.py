@@ -1,0 +1,70 @@
+"""The binaries' own times, taken by a small program that stands in for them; and the floor of a warm start."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.exit_latency.place import CFLAGS, ROOT, SOURCES, Program
+from shimcore.rig.templates import end_templates
+
+BUILD = ROOT / "build" / "bench-start"
+
+
+def program(name: str) -> str:
+    """Compiled from benchmarks/c. Raises CalledProcessError."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    out = BUILD / name
+    command = [os.environ.get("CC", "cc"), *CFLAGS, "-static", str(SOURCES / f"{name}.c"), "-o", str(out)]
+    subprocess.run(command, check=True)
+    return str(out)
+
+
+class Timer:
+    """Milliseconds of a shim's actions: `binary` is to be run in its place, with `env`."""
+
+    def __init__(self, shim: str, folder: str) -> None:
+        found = shutil.which(shim)
+        if not found:
+            raise FileNotFoundError(f"no {shim} on PATH")
+        fd, self._times = tempfile.mkstemp(dir=folder)
+        os.close(fd)
+        self.binary = program("timer")
+        self.env = {"BENCH_SHIM": os.path.realpath(found), "BENCH_TIMES": self._times}
+
+    def last(self, action: str) -> float:
+        """What its last run took. Raises AssertionError when that was another action."""
+        word, ns = Path(self._times).read_text().split("\n")[-2].split()
+        assert word == action, f"{word} was timed last, not {action}"
+        return int(ns) / 1e6
+
+    def run(self, *arguments: str, env: dict[str, str]) -> float:
+        subprocess.run([self.binary, *arguments], env={**env, **self.env}, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+        return self.last(arguments[-1])
+
+
+def floors(shim: str, rounds: int) -> dict[str, list[float]]:
+    """Of a program that does nothing, and of our launcher with a template in C that answers at once, alternating."""
+    with tempfile.TemporaryDirectory() as folder:
+        nothing, launcher = Timer("true", folder), Timer(shim, folder)
+        directory = Path(folder, "t")
+        directory.mkdir(mode=0o700)
+        env = {**os.environ, "SHIMCORE_TEMPLATE": "1", "SHIMCORE_TEMPLATE_DIR": str(directory)}
+        launcher.run("-v", env=env)  # makes a template, whose lock has the name that the launcher has computed
+        while not (sockets := list(directory.glob("*.sock"))):
+            time.sleep(0.01)
+        end_templates(str(directory))
+        answer = Program([program("answer"), str(sockets[0])])
+        try:
+            found: dict[str, list[float]] = {"a program that does nothing": [], "the launcher, answered at once": []}
+            for _ in range(rounds):
+                found["a program that does nothing"].append(nothing.run("start", env=dict(os.environ)))
+                found["the launcher, answered at once"].append(launcher.run("start", env=env))
+            return found
+        finally:
+            answer.child.kill()
+            answer.child.wait()
