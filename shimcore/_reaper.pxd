@@ -25,6 +25,7 @@ cdef extern from "core/process.h" nogil:
     int sc_kernel_check()
     int sc_set_environment(const char *block, size_t n)
     void sc_bound_malloc() nogil
+    int sc_own_pages(const void *runs, size_t n)
     int sc_set_title(const char *args, size_t nargs, const char *env, size_t nenv, const char *name)
     int sc_set_subreaper(bint on)
     int sc_get_subreaper()
@@ -42,6 +43,7 @@ cdef extern from "core/buf.h" nogil:
         uint8_t *p
         size_t len
     void sc_buf_free(sc_buf *b)
+    int sc_written_pages(int pid, sc_buf *runs)
     ctypedef struct sc_slice:
         const uint8_t *p
         size_t n

@@ -82,6 +82,12 @@ def set_environment(block: bytes) -> None:
 def bound_malloc() -> None:
     """Two arenas at most for glibc's malloc (mallopt(3)): the exit thread's, and one for all others. Elsewhere nothing."""
 
+def written_pages(pid: int) -> bytes:
+    """What a fork of this process has written since, of that which both have mapped: for own_pages. Raises OSError."""
+
+def own_pages(runs: bytes) -> None:
+    """Make these pages this process's own, as a write would. Raises OSError (EINVAL: Linux before 5.14)."""
+
 def set_death_signal(signum: int) -> None:
     """The signal that this process gets when the thread that made it ends (PR_SET_PDEATHSIG); 0: none."""
 

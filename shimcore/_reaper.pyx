@@ -116,6 +116,20 @@ def bound_malloc():
     sc_bound_malloc()
 
 
+def written_pages(int pid):
+    cdef sc_buf runs
+    memset(&runs, 0, sizeof(runs))
+    try:
+        checked(sc_written_pages(pid, &runs), "pagemap")
+        return (<const char *>runs.p)[:runs.len] if runs.p != NULL else b""
+    finally:
+        sc_buf_free(&runs)
+
+
+def own_pages(bytes runs):
+    checked(sc_own_pages(<const char *>runs, len(runs)), "madvise")
+
+
 def set_death_signal(int signum):
     if prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0) < 0:
         raise OSError(errno, os.strerror(errno), "prctl")

@@ -16,6 +16,7 @@ from .errors import DeadlineExceeded, Unavailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _thread import LockType
     from collections.abc import Callable, Iterable
 
     from .bootstrap import StartOpts
@@ -45,6 +46,51 @@ class Warm:
 
 
 warm: Warm | None = None
+
+STACK = 512 * 1024  # bytes, of each thread
+_idle: list[tuple[LockType, list[Callable[[], object]]]] = []
+
+
+def make_threads(count: int) -> None:
+    """Have this many threads wait for start_thread, with what a thread allocates first."""
+    from _thread import allocate_lock, stack_size, start_new_thread
+
+    def wait(lock: LockType, bodies: list[Callable[[], object]]) -> None:
+        bytes(4096)  # by malloc, which makes a heap for its thread
+        lock.acquire()
+        bodies.pop()()
+
+    _widen()
+    stack_size(STACK)
+    for _ in range(count):
+        lock = allocate_lock()
+        lock.acquire()
+        bodies: list[Callable[[], object]] = []
+        start_new_thread(wait, (lock, bodies))
+        _idle.append((lock, bodies))
+
+
+def _widen() -> None:
+    """Room for as many fds as a shim has, as a rule: where threads share the table, the kernel takes milliseconds to enlarge it."""
+    from fcntl import F_DUPFD_CLOEXEC, fcntl
+
+    try:
+        os.close(fcntl(0, F_DUPFD_CLOEXEC, 255))
+    except OSError:  # a lower limit
+        pass
+
+
+def start_thread(body: Callable[[], object]) -> None:
+    """Run it on a thread of its own. Raises RuntimeError when none can be made."""
+    from _thread import stack_size, start_new_thread
+
+    if _idle:
+        lock, bodies = _idle.pop()
+        bodies.append(body)
+        lock.release()
+    else:
+        stack_size(STACK)
+        start_new_thread(body, ())
 
 
 _unprinted: list[int] = []  # sockets to daemons whose addresses are still to be printed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from _thread import stack_size, start_new_thread
+from _thread import allocate_lock
 
 from . import _reaper, logger, monitor
-from .daemon import PRINTED, READY, READY_ENV, SOCKET_FD
+from .daemon import PRINTED, READY, READY_ENV, SOCKET_FD, start_thread
 from .debug import Debug, no_crash, report, watch_for_crashes
 from .errors import FailedPrecondition, Unavailable
 from .publisher import RemotePublisher, new_core
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         def confirmed(self) -> None: ...
 
 
-_STACK = 512 * 1024
 SHUTDOWN_TIMEOUT = 5.0  # seconds for calls in flight, and as many for events not acknowledged yet
 
 _SIGUSR1 = 10
@@ -49,7 +48,7 @@ def _on_leader(core: _reaper.Core, work: Callable[[], Any]) -> Any:
         finally:
             core.stop()
 
-    start_new_thread(body, ())
+    start_thread(body)
     core.run()
     if failure:
         raise failure[0]
@@ -163,7 +162,6 @@ def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocat
 
     core = new_core(invocation.flags.namespace, invocation.ttrpc_address)
     core.tell_pids = True
-    stack_size(_STACK)
 
     def notes() -> None:
         handle = _note(core, None, core.stop)
@@ -178,7 +176,7 @@ def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocat
     def work() -> bytes:
         shim = cls(runtime_id, invocation.flags, config)
         _reap(core, config)
-        start_new_thread(notes, ())
+        start_thread(notes)
         result = encode_delete(shim.delete_shim())
         _send_left(core, invocation)
         return result
@@ -296,7 +294,6 @@ def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocati
     try:
         socket = _Socket(SOCKET_FD)
         core = new_core(flags.namespace, invocation.ttrpc_address)
-        stack_size(_STACK)
 
         def work() -> None:
             _serve(cls, runtime_id, config, invocation, core, socket, ready)
@@ -346,9 +343,19 @@ def _serve(
     server = _new_server(core, shim, task, publisher)
     debug = Debug(core, server, task, runtime_id=runtime_id, flags=flags, bundle=bundle, socket=socket.path)
     server.on_note(_note(core, task, shim.exit.signal, debug))
-    start_new_thread(server.run, ())
+    told = allocate_lock()
+    told.acquire()
+
+    def run() -> None:
+        told.acquire()  # connections queue; two threads that want the interpreter's lock would only keep the caller waiting
+        server.run()
+
+    start_thread(run)
     try:
-        ready.tell(READY)
+        try:
+            ready.tell(READY)
+        finally:
+            told.release()
         # What follows is not on the way of a start.
         debug.listen()
         if warm is None or warm.bound is not None:

@@ -168,13 +168,17 @@ def _rehearse(spare: bool) -> None:
 
 
 class _Template:
-    __slots__ = ("_cgroup", "_changes", "_directory", "_listener", "_name", "_notes", "_run", "_signals", "_spares")
+    __slots__ = (
+        "_asked", "_cgroup", "_changes", "_directory", "_listener", "_name", "_notes", "_run", "_signals", "_spares", "_written",
+    )  # fmt: skip
 
     def __init__(self, directory: int, name: str, run: Callable[[Guard], None]) -> None:
         self._directory = directory
         self._name = name
         self._run = run
         self._spares: set[int] = set()
+        self._asked: list[int] = []  # spares that may be daemons by now
+        self._written: bytes | None = None  # the pages that a daemon writes to in its first moments
         self._cgroup = _cgroup()
         # Readable once a file that we have loaded has changed; shared with the spares, and read by nobody.
         self._changes = _reaper.watch_files(_loaded_files())
@@ -219,6 +223,7 @@ class _Template:
         while not stop:
             now = _now()
             while len(self._spares) < SPARES and (not self._spares or now - last >= REFILL):
+                self._learn()
                 self._fork()
             left = last + idle - now
             if left <= 0:
@@ -236,7 +241,21 @@ class _Template:
     def _take_notes(self) -> None:
         data = os.read(self._notes[0], 4 * 1024)
         for at in range(0, len(data), 4):
-            self._spares.discard(int.from_bytes(data[at : at + 4], "little"))
+            pid = int.from_bytes(data[at : at + 4], "little")
+            self._spares.discard(pid)
+            if self._written is None:
+                self._asked.append(pid)
+
+    def _learn(self) -> None:
+        """Which pages a start writes to: spares that are made from now on have them, and wait for no copy then."""
+        while self._asked and self._written is None:
+            pid = self._asked.pop()
+            try:
+                if os.getsid(pid) == pid:  # a daemon, not an action that has been done
+                    self._written = _reaper.written_pages(pid) or None  # none: it has ended
+            except OSError:  # it has gone
+                pass
+        self._asked.clear()
 
     def _bury(self) -> None:
         while True:
@@ -274,6 +293,12 @@ class _Template:
         if os.getppid() != parent:
             return
         _rehearse(True)
+        daemon.make_threads(2)
+        if self._written:
+            try:
+                _reaper.own_pages(self._written)
+            except OSError:  # an older kernel: each is copied when it is written to
+                pass
         fd, _ = self._listener._accept()  # type: ignore[attr-defined]
         _reaper.set_death_signal(0)
         try:

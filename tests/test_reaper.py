@@ -204,3 +204,63 @@ def test_exit_signal_has_many_waiters() -> None:
     for thread in threads:
         thread.join(HANG)
     assert seen == [True] * 32
+
+
+def forked(body: Any) -> int:
+    """A child that has run `body`, and waits to be killed."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            body()
+            os.write(told, b"1")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(told)
+    try:
+        assert os.read(ready, 1) == b"1"
+    finally:
+        os.close(ready)
+    return pid
+
+
+def pages_of(runs: bytes) -> set[int]:
+    found = set()
+    for at in range(0, len(runs), 16):
+        start, size = (int.from_bytes(runs[at + k : at + k + 8], "little") for k in (0, 8))
+        found |= set(range(start, start + size, 4096))
+    return found
+
+
+def test_a_fork_has_the_pages_that_another_has_written() -> None:
+    import ctypes
+    import mmap
+
+    memory = mmap.mmap(-1, 64 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = bytes([7]) * len(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    ours = set(range(start, start + len(memory), 4096))
+    written = {start + number * 4096 for number in (0, 1, 2, 9, 30, 31, 63)}
+
+    def write() -> None:
+        for page in written:
+            ctypes.memset(page + 5, 8, 1)
+
+    children = [forked(write)]
+    try:
+        runs = _reaper.written_pages(children[0])
+        assert pages_of(runs) & ours == written
+        children.append(forked(lambda: _reaper.own_pages(runs)))
+        assert pages_of(_reaper.written_pages(children[1])) & ours == written
+        assert set(memory[:]) == {7}  # nobody's bytes have changed
+        children.append(forked(lambda: None))
+        assert not pages_of(_reaper.written_pages(children[2])) & ours
+        nowhere = (1 << 46).to_bytes(8, "little") + (4096).to_bytes(8, "little")
+        _reaper.own_pages(nowhere + runs[:8])  # what is not mapped is passed over, and what is cut too
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    with pytest.raises(OSError):
+        _reaper.written_pages(children[0])

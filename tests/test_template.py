@@ -159,6 +159,23 @@ def test_a_whole_life_is_warm(rig: Rig, warm: Warm) -> None:
     assert rig.events.topics(container.id) == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
 
 
+def test_later_spares_have_the_pages_that_a_daemon_wrote(rig: Rig, warm: Warm) -> None:
+    def own(pid: int) -> int:
+        """KiB."""
+        return int(re.search(r"Private_Dirty: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1])  # type: ignore[index]
+
+    def ready(pids: set[int]) -> set[int]:
+        return {pid for pid in pids if "Threads:\t3\n" in Path(f"/proc/{pid}/status").read_text()}
+
+    until(lambda: len(ready(set(warm.spares()))) == SPARES)
+    early = set(warm.spares())
+    container = rig.container(["sleep", "100"])
+    until(lambda: len(warm.spares()) == SPARES + 1)  # the daemon is a child of the template's, too
+    (late,) = set(warm.spares()) - early
+    waiting = early - {container.shim_pid}
+    until(lambda: own(late) > max(map(own, waiting)) + 200)
+
+
 def test_pods_and_errors_are_as_ever(rig: Rig, warm: Warm) -> None:
     (rig.root / "config.json").write_text("{")
     with pytest.raises(ActivationError, match=r"config\.json"):

@@ -1,6 +1,7 @@
 /* Processes: subreaper, pidfds, waiting, and spawning with an fd map. No state but the saved RLIMIT_NOFILE. */
 #ifndef SC_PROCESS_H
 #define SC_PROCESS_H
+#include "buf.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -64,6 +65,12 @@ void sc_run_first(void);
 int sc_set_environment(const char *block, size_t n);
 /* Two arenas at most for malloc: the main thread's and one for all others, where each thread would have its own. */
 void sc_bound_malloc(void);
+/* pages.c. Adds what another process, with the same mappings, has written of ours: pairs of uint64_t, address and length in bytes.
+ * 0 or -errno. */
+int sc_written_pages(pid_t pid, sc_buf *runs);
+/* Have these pages, n bytes of such pairs, as if they had been written: what is not mapped is passed over. 0 or -errno; -EINVAL
+ * before Linux 5.14. */
+int sc_own_pages(const void *runs, size_t n);
 int sc_set_title(const char *args, size_t nargs, const char *env, size_t nenv, const char *name);
 
 int64_t sc_now_mono(void); /* ns */
