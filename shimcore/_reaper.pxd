@@ -32,6 +32,7 @@ cdef extern from "core/process.h" nogil:
     int sc_pidfd_open(pid_t pid)
     int sc_pidfd_send_signal(int pidfd, int sig)
     int sc_raise_nofile(uint64_t *was, uint64_t *now)
+    void sc_nofile_before(uint64_t *soft, uint64_t *hard, bint set)
     int sc_reap_pidfd(int pidfd, sc_exit_status *out)
     pid_t sc_spawn(const sc_spawn_args *args, int *pidfd, int *at)
     int sc_mount_in(const char *cwd, const char *source, const char *target, const char *fstype, unsigned long flags,
@@ -76,6 +77,9 @@ cdef extern from "core/exits.h" nogil:
         char *exec_id
         void *cookie
         sc_slot *hash_next
+        int phase
+    ctypedef struct sc_waiter:
+        sc_slot *slot
     ctypedef struct sc_child:
         pid_t pid
     ctypedef struct sc_job:
@@ -87,7 +91,14 @@ cdef extern from "core/exits.h" nogil:
         bint signaled
         void *cookie
     ctypedef struct sc_event:
-        pass
+        sc_event *next
+        uint64_t key_id
+        uint64_t key_exec
+        uint32_t stream
+        int64_t refused_since
+        bint vital
+        size_t len
+        uint8_t *body
     ctypedef struct sc_stamp:
         char id[96]
         char exec_id[96]
@@ -99,11 +110,24 @@ cdef extern from "core/exits.h" nogil:
     ctypedef struct sc_stats:
         uint64_t told, orphans, stolen, overdue, jobs, jobs_timed_out, events, acked, rejected, unsent, reconnects
         uint64_t by_number, notes, recorded, unrecorded, record_late, ooms, teardown_late, spilled, dropped
+    ctypedef struct sc_spill "struct sc_spill":
+        char *path
+        int fd
+        int64_t from_ "from"
+        int64_t to
+        size_t count
+        int64_t cap
     ctypedef struct sc_event_list:
+        sc_event *head
         size_t count
     ctypedef struct sc_outbox:
         sc_event_list queue
         sc_event_list flight
+        int fd
+        uint32_t next_stream
+        sc_buf out
+        sc_buf in_ "in"
+        sc_spill *spill
     ctypedef struct sc_core:
         bint tell_pids
         sc_slot **slots
@@ -122,9 +146,11 @@ cdef extern from "core/exits.h" nogil:
 
     sc_core *sc_core_new(const char *ns, const char *events_address)
     void sc_core_free(sc_core *c)
+    void sc_signals_early()
     int sc_core_signals(sc_core *c, bint sigchld)
     int sc_core_run(sc_core *c)
     void sc_core_stop(sc_core *c)
+    void sc_core_pause(sc_core *c, bint on)
     void sc_core_wake(sc_core *c)
     int sc_core_drain(sc_core *c, int64_t timeout_ns)
     void sc_lock(sc_core *c)
@@ -160,6 +186,8 @@ cdef extern from "core/exits.h" nogil:
     int sc_slot_teardown_done(sc_slot *s)
     int sc_outbox_spill(sc_core *c, const char *path, int64_t cap)
     int sc_outbox_keep(sc_core *c)
+    int sc_outbox_adopt(sc_core *c, bint flight, const sc_event *like, const uint8_t *body, size_t n)
+    int sc_outbox_adopt_socket(sc_core *c, int fd, uint32_t next_stream, const uint8_t *out, size_t n, const uint8_t *in_, size_t m)
     uint64_t sc_past_wait(sc_core *c, uint64_t after, int64_t timeout_ns)
     bint sc_past_get(sc_core *c, uint64_t number, sc_buf *out)
     void sc_past_end(sc_core *c)
@@ -168,6 +196,28 @@ cdef extern from "core/exits.h" nogil:
     int sc_slot_kill(sc_slot *s, int sig)
     void sc_slot_info_get(sc_slot *s, sc_slot_info *out)
     int sc_cgroup_signal(const char *procs, int sig)
+    ctypedef struct sc_saved_slot:
+        int phase, task_status
+        bint announced, overdue, oom_over, killing
+        pid_t pid
+        sc_exit exit
+        int64_t opened_mono, reaped_mono, recorded_mono
+        const uint8_t *state
+        size_t state_len
+        const char *kill_procs
+        int64_t bound_ns, bound_at
+        int ledger_fd
+        int64_t ledger_at
+        int oom_fd
+        bint oom_v2
+        uint64_t oom_seen
+    const char *sc_core_busy(sc_core *c)
+    void sc_slot_save(sc_slot *s, sc_saved_slot *out)
+    int sc_slot_restore(sc_core *c, const char *id, const char *exec_id, const sc_saved_slot *v, sc_slot **out)
+    int sc_slot_resume(sc_slot *s, const sc_saved_slot *v)
+
+cdef extern from "core/spill.h" nogil:
+    bint sc_spill_adopt(sc_spill *s, const char *path, int fd, int64_t from_, int64_t to, size_t count, int64_t cap)
 
 cdef extern from "core/oom.h" nogil:
     int sc_oom_watch(sc_slot *init, const char *folder, bint v2)

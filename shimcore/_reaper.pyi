@@ -46,6 +46,12 @@ def raise_nofile() -> tuple[int, int]:
 
     Returns (old soft, new soft)."""
 
+def nofile_before(set: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Soft and hard RLIMIT_NOFILE that children get, which is what there was before raise_nofile(). set: say it, instead."""
+
+def early_signals() -> None:
+    """Remember SIGTERM, SIGINT, SIGPIPE and SIGUSR1 for install_signals(), and unblock them here."""
+
 def spawn(
     argv: Sequence[str | bytes],
     *,
@@ -188,8 +194,20 @@ class Core:
     def __init__(self, namespace: str = "", events_address: str = "") -> None: ...
     def install_signals(self, sigchld: bool = True) -> None:
         """Handlers (no blocking of signals) for SIGCHLD, SIGTERM, SIGINT, SIGPIPE, SIGUSR1. One Core per process has them."""
-    def run(self) -> None:
-        """Be the exit thread until stop(): call it on the thread-group leader; it releases the GIL for good."""
+    def run(self) -> bool:
+        """Be the exit thread until stop(): call it on the thread-group leader; it releases the GIL for good. True: pause() has
+        ended it, and it may be called again."""
+    def pause(self, on: bool) -> None:
+        """Have run() return, or not any more; any thread."""
+    def busy(self) -> str | None:
+        """Why the exit table can't be saved now; None: it can."""
+    def save(self, whole: bool = True) -> dict[str, Any]:
+        """For another image of this process: the exit table, the outbox, and, as `fds`, the numbers of their files. While run()
+        is paused; not whole: at any time, and without the outbox."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Make the slots that save() has seen, before run() and install_signals(). Nothing is watched or told. Raises OSError."""
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on with them, and with the outbox. What save() named as fds is the core's from now on. Raises OSError."""
     def stop(self) -> None: ...
     def drain(self, timeout: float) -> bool:
         """Wait until the outbox is empty (every event acknowledged), at most timeout seconds."""

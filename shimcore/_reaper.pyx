@@ -181,6 +181,18 @@ def raise_nofile():
     return was, now
 
 
+def nofile_before(set=None):
+    cdef uint64_t soft = 0, hard = 0
+    if set is not None:
+        soft, hard = set
+    sc_nofile_before(&soft, &hard, set is not None)
+    return soft, hard
+
+
+def early_signals():
+    sc_signals_early()
+
+
 def pidfd_open(pid_t pid):
     return checked(sc_pidfd_open(pid), "pidfd_open")
 
@@ -535,6 +547,39 @@ cdef class Slot:
         checked(r, "pidfd_send_signal")
 
 
+cdef void fill(saved, sc_saved_slot *v) except *:
+    """All but what points to memory."""
+    memset(v, 0, sizeof(v[0]))
+    v.phase, v.task_status, v.pid = saved["phase"], saved["status"], saved["pid"]
+    v.announced, v.overdue, v.oom_over, v.killing = saved["announced"], saved["overdue"], saved["oom_over"], saved["killing"]
+    v.exit.pid, v.exit.status, v.exit.exited_at = saved["exit_pid"], saved["exit_status"], saved["exited_at"]
+    v.opened_mono, v.reaped_mono, v.recorded_mono = saved["opened"], saved["reaped"], saved["recorded"]
+    v.bound_ns, v.bound_at = saved["bound_ns"], saved["bound_at"]
+    v.ledger_fd, v.ledger_at = saved["ledger_fd"], saved["ledger_at"]
+    v.oom_fd, v.oom_v2, v.oom_seen = saved["oom_fd"], saved["oom_v2"], saved["oom_seen"]
+
+
+cdef list saved_events(sc_event_list *l):
+    cdef sc_event *e = l.head
+    cdef list out = []
+    while e != NULL:
+        out.append({
+            "id": e.key_id, "exec": e.key_exec, "stream": e.stream, "vital": bool(e.vital), "refused": e.refused_since,
+            "body": (<const char *>e.body)[:e.len],
+        })
+        e = e.next
+    return out
+
+
+cdef void adopt_event(sc_core *c, bint flight, saved) except *:
+    cdef sc_event e
+    cdef bytes body = saved["body"]
+    memset(&e, 0, sizeof(e))
+    e.key_id, e.key_exec, e.stream = saved["id"], saved["exec"], saved["stream"]
+    e.vital, e.refused_since = saved["vital"], saved["refused"]
+    checked(sc_outbox_adopt(c, flight, &e, <const uint8_t *><const char *>body, len(body)), "malloc")
+
+
 cdef class Core:
     """The exit thread and what it owns; see core/core.h."""
 
@@ -562,7 +607,10 @@ cdef class Core:
         cdef int r
         with nogil:
             r = sc_core_run(self.p)
-        checked(r, "epoll_wait")
+        return bool(checked(r, "epoll_wait"))
+
+    def pause(self, bint on):
+        sc_core_pause(self.p, on)
 
     def stop(self):
         sc_core_stop(self.p)
@@ -817,6 +865,90 @@ cdef class Core:
                 r = sc_wait_notes(self.p, left)
             if r == -EINTR:
                 PyErr_CheckSignals()
+
+    # ---- across an exec of this process by itself; see upgrade.py ----
+
+    def busy(self):
+        cdef const char *why
+        with nogil:
+            why = sc_core_busy(self.p)
+        return None if why == NULL else why.decode()
+
+    def save(self, bint whole=True):
+        cdef list slots = [], fds = []
+        cdef sc_saved_slot v
+        cdef Slot s
+        cdef sc_outbox *o = &self.p.outbox
+        cdef sc_spill *f = o.spill
+        for s in sorted(self.all.values(), key=lambda slot: slot.exec_id != ""):
+            with nogil:
+                sc_lock(self.p)
+                sc_slot_save(s.p, &v)
+                sc_unlock(self.p)
+            if not whole and (v.phase == SC_OPENED or (s.container_id, "") not in self.all):
+                continue
+            slots.append({
+                "id": s.container_id, "exec": s.exec_id, "phase": v.phase, "status": v.task_status,
+                "announced": bool(v.announced), "overdue": bool(v.overdue), "oom_over": bool(v.oom_over),
+                "killing": bool(v.killing), "pid": v.pid, "exit_pid": v.exit.pid, "exit_status": v.exit.status,
+                "exited_at": v.exit.exited_at, "opened": v.opened_mono, "reaped": v.reaped_mono,
+                "recorded": v.recorded_mono, "state": (<const char *>v.state)[:v.state_len],
+                "kill_procs": None if v.kill_procs == NULL else os.fsdecode(v.kill_procs),
+                "bound_ns": v.bound_ns, "bound_at": v.bound_at, "ledger_fd": v.ledger_fd, "ledger_at": v.ledger_at,
+                "oom_fd": v.oom_fd, "oom_v2": bool(v.oom_v2), "oom_seen": v.oom_seen,
+            })
+            fds += [fd for fd in (v.ledger_fd, v.oom_fd) if fd >= 0]
+        if not whole:
+            return {"slots": slots, "outbox": None, "spill": None, "fds": []}
+        outbox = {
+            "flight": saved_events(&o.flight), "queue": saved_events(&o.queue), "fd": o.fd, "next_stream": o.next_stream,
+            "out": (<const char *>o.out.p)[:o.out.len] if o.out.len else b"",
+            "in": (<const char *>o.in_.p)[:o.in_.len] if o.in_.len else b"",
+        }
+        spill = None if f.path == NULL else {
+            "path": os.fsdecode(f.path), "fd": f.fd, "from": f.from_, "to": f.to, "count": f.count, "cap": f.cap,
+        }
+        fds += [fd for fd in (o.fd, f.fd) if fd >= 0]
+        return {"slots": slots, "outbox": outbox, "spill": spill, "fds": fds}
+
+    def restore(self, state):
+        cdef sc_saved_slot v
+        cdef sc_slot *p
+        cdef Slot s
+        cdef bytes id, ex
+        for saved in state["slots"]:
+            fill(saved, &v)
+            id, ex = saved["id"].encode(), saved["exec"].encode()
+            constant, procs = saved["state"], saved["kill_procs"]
+            procs = None if procs is None else os.fsencode(procs)
+            v.state, v.state_len = <const uint8_t *><const char *><bytes>constant, len(constant)
+            if procs is not None:
+                v.kill_procs = <char *><bytes>procs
+            p = NULL
+            checked(sc_slot_restore(self.p, id, ex, &v, &p), "restore")
+            s = self.wrap(p, saved["id"], saved["exec"])
+            s.noted = v.phase == SC_TOLD
+
+    def resume(self, state):
+        cdef sc_saved_slot v
+        cdef Slot s
+        cdef bytes out, into
+        outbox, spill = state["outbox"], state["spill"]
+        for flight in (True, False):
+            for event in outbox["flight" if flight else "queue"]:
+                adopt_event(self.p, flight, event)
+        if outbox["fd"] >= 0:
+            out, into = outbox["out"], outbox["in"]
+            checked(sc_outbox_adopt_socket(self.p, outbox["fd"], outbox["next_stream"], out, len(out), into, len(into)), "epoll_ctl")
+        if spill is not None and not sc_spill_adopt(
+            self.p.outbox.spill, os.fsencode(spill["path"]), spill["fd"], spill["from"], spill["to"], spill["count"], spill["cap"]
+        ):
+            raise MemoryError
+        for saved in state["slots"]:
+            fill(saved, &v)
+            s = self.all[(saved["id"], saved["exec"])]
+            with nogil:
+                sc_slot_resume(s.p, &v)
 
     # ---- figures ----
 

@@ -1,7 +1,7 @@
 # Declares only; the rules stand in core/server.h.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
-from ._reaper cimport sc_core, sc_slice
+from ._reaper cimport sc_buf, sc_core, sc_slice, sc_waiter
 
 cdef extern from "core/server.h" nogil:
     struct standin:
@@ -9,15 +9,28 @@ cdef extern from "core/server.h" nogil:
     ctypedef struct sc_server:
         standin standin
         unsigned nconns
+        sc_conn *conns
         unsigned inflight
         unsigned long long calls
         unsigned long long failures
     ctypedef struct sc_conn:
+        int fd
         int pid
         int uid
         int gid
+        sc_conn *next
+        sc_buf in_ "in"
+        size_t consumed
+        size_t skip
+        uint32_t last_stream
+        bint eof
+        sc_buf out
+        sc_call *calls
     ctypedef struct sc_call:
         sc_conn *conn
+        sc_call *next
+        bint parked
+        sc_waiter waiter
         uint32_t stream
         int method
         bint done
@@ -47,6 +60,12 @@ cdef extern from "core/server.h" nogil:
         SC_INTERNAL, SC_UNKNOWN, SC_RESOURCE_EXHAUSTED
     sc_server *sc_server_new(sc_core *core, const sc_limits *limits)
     void sc_server_free(sc_server *s)
+    bint sc_server_receiving(sc_server *s)
+    void sc_server_hold(sc_server *s, bint on)
+    sc_conn *sc_server_adopt(sc_server *s, int fd, uint32_t last_stream, size_t skip, bint eof, const void *in_, size_t n,
+                             const void *out, size_t m)
+    int sc_conn_adopt_wait(sc_conn *c, uint32_t stream, const char *id, const char *exec_id, int64_t deadline)
+    void sc_conn_answer_with(sc_conn *c, uint32_t stream, int32_t code, const char *text, const void *payload, size_t n)
     int sc_server_listen(sc_server *s, int fd)
     int sc_server_method(sc_server *s, const char *service, const char *method, int kind, int index)
     int sc_server_wait(sc_server *s)

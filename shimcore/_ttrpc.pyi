@@ -33,6 +33,10 @@ class Context:
         """(pid, uid, gid) of the peer (SO_PEERCRED)."""
 
     @property
+    def place(self) -> tuple[int, int]:
+        """The connection's fd, and the stream's id in it."""
+
+    @property
     def service(self) -> str:
         """Full name of the service that was called."""
     @property
@@ -82,6 +86,18 @@ class Server:
         """Run a coroutine on the RPC thread, from any thread."""
     def run(self) -> None:
         """Serve until shutdown() has ended."""
+    def catch_up(self) -> bool:
+        """Handle the core's notes that are there; whether there were any. RPC thread."""
+    def hold(self, on: bool) -> None:
+        """While it is held nothing is accepted or read: who connects or asks waits. Calls that were taken are answered."""
+    def under_way(self) -> list[tuple[int, int, str]]:
+        """Calls that are being handled, Waits that the core answers left out: Context.place and "service/method". RPC thread."""
+    def save(self) -> list[dict[str, Any]]:
+        """The connections and their Waits, for another image of this process. RPC thread, held, with no other call under way."""
+    def adopt(self, state: list[dict[str, Any]]) -> None:
+        """Go on with them, before run(). Raises OSError."""
+    def answer(self, fd: int, stream: int, payload: bytes) -> None:
+        """Answer a call that an earlier image was asked, by its Context.place; nothing if its connection has gone."""
     def stats(self) -> dict[str, int]:
         """connections and in_flight (calls) now; calls, failures (answers with an error) and stood_in (times that the stand-in
         had to act) so far."""

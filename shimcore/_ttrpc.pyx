@@ -10,6 +10,7 @@ from libc.stdlib cimport free
 from ._reaper cimport Core, sc_has_notes, sc_now_mono
 
 cdef extern from "<errno.h>" nogil:
+    int errno
     enum:
         EAGAIN, EMSGSIZE, ETIMEDOUT
 
@@ -75,6 +76,10 @@ cdef class Context:
     @property
     def peer(self):
         return self.k.conn.pid, self.k.conn.uid, self.k.conn.gid
+
+    @property
+    def place(self):
+        return self.k.conn.fd, self.k.stream
 
     @property
     def service(self):
@@ -206,6 +211,7 @@ cdef class Server:
     cdef tuple interceptors
     cdef readonly size_t max_message
     cdef object callback
+    cdef list batch  # notes that have been taken and not handled, the last one first
     cdef object idle, ended
     cdef object pool
     cdef bint draining, running, closed
@@ -225,6 +231,7 @@ cdef class Server:
         self.interceptors = tuple(interceptors)
         self.core = core
         self.methods = []
+        self.batch = []
         self.idle = ExitSignal()
         self.ended = ExitSignal()
         self.s = sc_server_new(core.p, &limits)
@@ -268,6 +275,68 @@ cdef class Server:
 
     def on_note(self, callback):
         self.callback = callback
+
+    # ---- across an exec of this process by itself; see upgrade.py. On the RPC thread, or where there is none ----
+
+    def hold(self, bint on):
+        sc_server_hold(self.s, on)
+
+    def under_way(self):
+        cdef sc_conn *c = self.s.conns
+        cdef sc_call *k
+        cdef list out = [(-1, 0, "a large request")] if sc_server_receiving(self.s) else []
+        while c != NULL:
+            k = c.calls
+            while k != NULL:
+                if not k.parked:
+                    method = self.methods[k.method]
+                    out.append((c.fd, k.stream, f"{method[4]}/{method[5]}"))
+                k = k.next
+            c = c.next
+        return out
+
+    def save(self):
+        cdef sc_conn *c = self.s.conns
+        cdef sc_call *k
+        cdef list out = []
+        while c != NULL:
+            waits = []
+            k = c.calls
+            while k != NULL:
+                if k.parked and k.waiter.slot != NULL:
+                    slot = k.waiter.slot
+                    waits.append([k.stream, slot.id.decode(), slot.exec_id.decode(), k.deadline])
+                k = k.next
+            out.append({
+                "fd": c.fd, "last_stream": c.last_stream, "skip": c.skip, "eof": bool(c.eof), "waits": waits,
+                "in": (<const char *>c.in_.p)[c.consumed:c.in_.len] if c.in_.len > c.consumed else b"",
+                "out": (<const char *>c.out.p)[:c.out.len] if c.out.len else b"",
+            })
+            c = c.next
+        return out
+
+    def adopt(self, state):
+        cdef sc_conn *c
+        cdef bytes into, out, container_id, exec_id
+        for saved in state:
+            into, out = saved["in"], saved["out"]
+            c = sc_server_adopt(
+                self.s, saved["fd"], saved["last_stream"], saved["skip"], saved["eof"], <const char *>into, len(into),
+                <const char *>out, len(out),
+            )
+            if c == NULL:
+                raise OSError(errno, os.strerror(errno), "a client's connection")
+            for stream, id, exec_of, deadline in saved["waits"]:
+                container_id, exec_id = id.encode(), exec_of.encode()
+                if sc_conn_adopt_wait(c, stream, container_id, exec_id, deadline) < 0:
+                    raise MemoryError
+
+    def answer(self, int fd, stream, bytes payload):
+        cdef sc_conn *c = self.s.conns
+        while c != NULL and c.fd != fd:
+            c = c.next
+        if c != NULL:
+            sc_conn_answer_with(c, stream, 0, b"", <const char *>payload, len(payload))
 
     def spawn_task(self, coro):
         self.core.post(Task(self.core, coro).step)
@@ -349,6 +418,21 @@ cdef class Server:
 
             logger.error("a note's handler failed", note=str(n), error=repr(exc))
 
+    cdef handle_batch(self):
+        self.batch.reverse()
+        while self.batch:
+            self.note(self.batch.pop())  # held by nobody else: a note keeps its call, and that its connection
+
+    def catch_up(self):
+        cdef bint any = False
+        self.batch.reverse()
+        while True:
+            any = any or bool(self.batch)
+            self.handle_batch()
+            self.batch = self.core.take()
+            if not self.batch:
+                return any
+
     def run(self):
         cdef int work
         cdef sc_call *k
@@ -369,9 +453,8 @@ cdef class Server:
                     self.make_room()
                 # First, so that a handler knows of the exits that its caller has been told of.
                 if work & SC_WORK_NOTES or (work & SC_WORK_CALLS and sc_has_notes(self.core.p)):
-                    for n in self.core.take():
-                        self.note(n)
-                    n = None  # else the last one keeps its call, and that its connection, until the next comes
+                    self.batch = self.core.take()
+                    self.handle_batch()
                 if work & SC_WORK_CALLS:
                     while True:
                         k = sc_server_next(self.s)

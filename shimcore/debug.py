@@ -46,6 +46,19 @@ class Debug:
         self.followers: list[LockType] = []  # held while somebody is being told what is new
         self.ending = False
 
+    @property
+    def fd(self) -> int:
+        """The listener's, -1: there is none."""
+        return -1 if self._listener is None else self._listener.fileno()
+
+    def adopt(self, fd: int) -> None:
+        """Listen on a debug socket of this shim's that is open."""
+        import _socket
+
+        self._listener = _socket.socket(fileno=fd)
+        self._listener.setblocking(False)
+        self.core.ask_fd(fd)
+
     def listen(self) -> None:
         """Bind the debug socket. A shim serves without one where it can't be had, and logs that."""
         import _socket

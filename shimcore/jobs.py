@@ -103,6 +103,12 @@ class Pool:
                     if not self._started:
                         raise
 
+    @property
+    def idle(self) -> bool:
+        """Nothing that was handed in is left to be done."""
+        with self._lock:
+            return not self._pending
+
     def close(self) -> None:
         """Let the threads end once what was handed in is done."""
         with self._lock:

@@ -35,8 +35,9 @@ _SIGTERM = 15
 _SIGNALS = {2: "SIGINT", 10: "SIGUSR1", 13: "SIGPIPE", 15: "SIGTERM"}
 
 
-def _on_leader(core: _reaper.Core, work: Callable[[], Any]) -> Any:
-    """Run `work` on another thread while this one, the leader, is the exit thread; return or raise as it does."""
+def _on_leader(core: _reaper.Core, work: Callable[[], Any], paused: Callable[[], object] = bool) -> Any:
+    """Run `work` on another thread while this one, the leader, is the exit thread; return or raise as it does. paused: what the
+    leader does when the core has been paused, before it goes on."""
     outcome: list[Any] = []
     failure: list[BaseException] = []
 
@@ -49,7 +50,8 @@ def _on_leader(core: _reaper.Core, work: Callable[[], Any]) -> Any:
             core.stop()
 
     start_thread(body)
-    core.run()
+    while core.run():
+        paused()
     if failure:
         raise failure[0]
     return outcome[0] if outcome else None
@@ -93,11 +95,11 @@ def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
 
 
 def _note(
-    core: _reaper.Core, task: Task | None, end: Callable[[], None], debug: Debug | None = None
+    core: _reaper.Core, task: Task | None, end: Callable[[], None], debug: Debug | None = None, asked: list[int] | None = None
 ) -> Callable[[tuple[Any, ...]], None]:
     """What becomes of the core's notes that no RPC waits for. end: called after a SIGTERM once no process is alive, and the
-    task service holds nothing else."""
-    asked: list[int] = []
+    task service holds nothing else. asked: the SIGTERMs that there have been."""
+    asked = [] if asked is None else asked
 
     def end_if_asked() -> None:
         if asked and task is not None and task.native and not _alive(core) and not task.holds():
@@ -270,7 +272,7 @@ class _Socket:
                 logger.warn("socket not removed", error=one_line(error))
 
 
-def _new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePublisher) -> Server:
+def new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePublisher) -> Server:
     from ._ttrpc import Server
     from .task import Task as TaskBase
     from .task import register
@@ -281,8 +283,65 @@ def _new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePub
     core.tell_pids = not task.native
     if type(task).teardown is not TaskBase.teardown:
         core.teardown_timeout = task.teardown_timeout
-    server.add_listener(SOCKET_FD)
     return server
+
+
+UPGRADE = "shimcore.v1.Upgrade"
+
+
+class Text:
+    """A message that is bytes and nothing else."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+
+    @classmethod
+    def FromString(cls, data: bytes) -> Text:
+        return cls(data)
+
+    def SerializeToString(self) -> bytes:
+        return self.data
+
+
+class Life:
+    """A daemon's, as far as an upgrade needs to know (upgrade.py).
+
+    lock: who ends the shim, or lets new code go on with it, has it. leader_does, leader_says: to the leader, when the core has
+    been paused, what to do before it goes on; from it that it has been, and the error of what it did."""
+
+    __slots__ = ("asked", "debug", "leader_does", "leader_says", "lock", "shim", "upgrading")
+
+    def __init__(self) -> None:
+        from _queue import SimpleQueue
+
+        self.leader_does: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self.leader_says: SimpleQueue[BaseException | None] = SimpleQueue()
+        self.lock = allocate_lock()
+        self.upgrading = False
+        self.asked: list[int] = []
+        self.debug: Debug
+        self.shim: Shim
+
+    def paused(self) -> None:
+        """On the leader."""
+        self.leader_says.put(None)
+        try:
+            self.leader_does.get()()
+        except BaseException as error:
+            self.leader_says.put(error)
+        self.debug.core.pause(False)
+
+    def serve_upgrades(self) -> None:
+        from ._ttrpc import COROUTINE
+
+        def handler(request: Text, context: Any) -> Any:
+            from .upgrade import upgrade
+
+            return upgrade(self, request, context)
+
+        self.debug.server.add_service(UPGRADE, {"Upgrade": (COROUTINE, handler, Text)})
 
 
 def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, ready: Ready | None = None) -> None:
@@ -291,14 +350,21 @@ def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocati
     ready: whom to tell that it serves, by default whoever made this process."""
     ready = ready or _Ready()
     flags = invocation.flags
+    inherited = os.environ.pop("SHIMCORE_UPGRADE", "")
     try:
+        state = None
+        if inherited:
+            from .upgrade import inherit
+
+            state = inherit(int(inherited))
         socket = _Socket(SOCKET_FD)
         core = new_core(flags.namespace, invocation.ttrpc_address)
+        life = Life()
 
         def work() -> None:
-            _serve(cls, runtime_id, config, invocation, core, socket, ready)
+            _serve(cls, runtime_id, config, invocation, core, socket, ready, life, state)
 
-        _on_leader(core, work)
+        _on_leader(core, work, life.paused)
         _keep(core)
     except BaseException as error:
         ready.tell(one_line(error).encode("utf-8", "replace"))
@@ -318,6 +384,8 @@ def _keep(core: _reaper.Core) -> None:
 
 
 def _preload(cls: type[Shim]) -> None:
+    from . import upgrade  # noqa: F401  # now: once it is asked for, what is on the disk may be another version
+
     try:
         cls.preload()
     except Exception as error:  # whoever needs it will hear of it again
@@ -325,24 +393,37 @@ def _preload(cls: type[Shim]) -> None:
 
 
 def _serve(
-    cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, core: _reaper.Core, socket: _Socket, ready: Ready
-) -> None:
+    cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, core: _reaper.Core, socket: _Socket, ready: Ready,
+    life: Life, state: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """state: what an earlier image of this process has left."""
     from .daemon import warm
 
     flags = invocation.flags
-    bundle = os.getcwd()
+    bundle = state["bundle"] if state else os.getcwd()
     watch_for_crashes(bundle)
     shim = cls(runtime_id, flags, config)
     if not config.no_setup_logger:
         logger.init(flags.debug, flags.namespace, flags.id, default_level=config.default_log_level)
-    _reap(core, config)
-    if socket.spill:
+    if state is None:
+        _reap(core, config)
+    else:
+        core.restore(state["core"])
+    if socket.spill and (state is None or state["core"]["spill"] is None):
         core.spill(socket.spill)
     publisher = RemotePublisher(core, flags.namespace)
     task = shim.create_task_service(publisher)
-    server = _new_server(core, shim, task, publisher)
+    server = new_server(core, shim, task, publisher)
+    server.add_listener(SOCKET_FD)
     debug = Debug(core, server, task, runtime_id=runtime_id, flags=flags, bundle=bundle, socket=socket.path)
-    server.on_note(_note(core, task, shim.exit.signal, debug))
+    life.shim, life.debug = shim, debug
+    life.serve_upgrades()
+    server.on_note(_note(core, task, shim.exit.signal, debug, life.asked))
+    if state is not None:
+        from . import upgrade
+
+        upgrade.restore(life, state)
+        _reap(core, config)
     told = allocate_lock()
     told.acquire()
 
@@ -356,14 +437,20 @@ def _serve(
             ready.tell(READY)
         finally:
             told.release()
+        if state is not None:
+            upgrade.answer(life, state)
         # What follows is not on the way of a start.
-        debug.listen()
+        if state is not None and state["debug_fd"] >= 0:
+            debug.adopt(state["debug_fd"])
+        else:
+            debug.listen()
         if warm is None or warm.bound is not None:
             core.pool.submit(lambda: _preload(cls))
         logger.info("serving", pid=os.getpid())
         ready.confirmed()
         shim.wait()
     finally:
+        life.lock.acquire()
         logger.info("shutting down")
         debug.close()
         socket.remove()  # soon: whoever starts a shim of this name now must not find one that is about to end

@@ -96,6 +96,27 @@ class Task:
         Called as describe is."""
         return {}
 
+    def hand_over(self, trial: bool) -> dict[str, Any]:
+        """What `take_over` needs in another image of this process, when the shim is upgraded in place (docs/upgrade.md). Not
+        written, such an upgrade is refused.
+
+        The exit table, its slots and Waits are taken over anyhow. Return what JSON can hold, or bytes; under `fds` a list of the
+        fds that are to stay open under their numbers. Called on the RPC thread, with no call under way, and with `trial`
+        beforehand, at any time: nothing is to be stopped then. After it nothing may be changed until `go_on`. Raise
+        FailedPrecondition where there is what can't be taken over."""
+        from .errors import FailedPrecondition
+
+        raise FailedPrecondition(f"{type(self).__name__} has no hand_over() and take_over(): it can't be upgraded in place")
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Be as the one that `hand_over` was called of, in the new code: before anything is served. Slots are found by Core.find.
+
+        Also called by the trial, in a process that ends then, and in which the fds are not there: do nothing that can be seen
+        from outside, and start no thread."""
+
+    def go_on(self) -> None:
+        """Go on: after `take_over`, once children are watched, or after a `hand_over` that has led to nothing."""
+
     def on_pid(self, pid: int, status: int) -> None:
         """Called on the RPC thread when a child was reaped (not with `native`): status is its code, or 128 + signal."""
 

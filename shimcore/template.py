@@ -402,7 +402,7 @@ def main(runtime_id: str, shim: type[Shim] | str, config: Config, arguments: lis
     try:
         cls = load(shim)
         cls.preload()
-        _import_all()
+        import_all()
         _check_own({0, 1, 2, _LOCK_FD, directory})
         for _ in range(REHEARSALS):
             _rehearse(False)
@@ -421,7 +421,7 @@ def main(runtime_id: str, shim: type[Shim] | str, config: Config, arguments: lis
         os._exit(0)
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """What the actions import when they get there, now."""
     import _socket  # noqa: F401
     import faulthandler  # noqa: F401
@@ -431,6 +431,6 @@ def _import_all() -> None:
 
     for name in (
         "_ttrpc", "address", "bootstrap", "cgroup", "debug", "jobs", "ledger", "logger", "mount", "publisher", "serve", "task",
-        "util", "protos.task_pb2",
+        "upgrade", "util", "protos.task_pb2",
     ):  # fmt: skip
         __import__(f"{__package__}.{name}")

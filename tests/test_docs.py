@@ -32,6 +32,7 @@ def test_a_program_prints_what_is_said(page: str, tmp_path: Path) -> None:
         ("stdio.md", "test_oci_*.py"),
         ("security.md", "test_template*.py"),
         ("differences.md", "test_*.py"),
+        ("upgrade.md", "test_*.py"),
     ],
 )
 def test_tests_that_are_named_are_there(page: str, where: str) -> None:

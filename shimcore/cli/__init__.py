@@ -13,7 +13,7 @@ except ModuleNotFoundError:
     sys.exit("the command shimcore needs click: pip install 'shimcore[cli]'")
 
 from .. import __version__
-from . import drive, follow, look, put, stats
+from . import drive, follow, look, put, stats, upgrade
 from .out import fail
 
 
@@ -45,6 +45,6 @@ def completion(shell: str) -> None:
 
 for command in (
     look.ps, look.inspect, look.dump, look.metrics, look.doctor, stats.stats, follow.events, follow.logs,
-    put.new, put.install, put.uninstall, drive.run, drive.conform, drive.bench, completion,
+    upgrade.upgrade, put.new, put.install, put.uninstall, drive.run, drive.conform, drive.bench, completion,
 ):  # fmt: skip
     main.add_command(command)

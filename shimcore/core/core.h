@@ -195,7 +195,7 @@ struct sc_core {
     pthread_cond_t drained;
     int epfd, wakefd;
     sc_source wake_src, sig_src;
-    atomic_bool stop;
+    atomic_bool stop, pause;
     bool reap_orphans, tell_pids, need_sweep;
     bool has_signals, has_sigchld;
     atomic_bool running;
@@ -203,6 +203,7 @@ struct sc_core {
     char *ns;               /* containerd's namespace */
     sc_child *pids[4096];
     unsigned by_number, disarmed; /* children that SIGCHLD has to look after */
+    unsigned jobs;          /* runtime calls that have not been reaped */
     sc_closing closing[SC_CLOSING]; /* oldest first */
     unsigned closing_len;
     int64_t sweep_after;    /* ns of CLOCK_MONOTONIC: no sweep before that */
@@ -242,9 +243,11 @@ struct sc_core {
 /* reactor.c */
 sc_core *sc_core_new(const char *ns, const char *events_address);
 void sc_core_free(sc_core *);
+void sc_signals_early(void); /* remember signals until sc_core_signals, and unblock them here */
 int sc_core_signals(sc_core *, bool sigchld); /* handlers for this process; -EBUSY: another core has them */
-int sc_core_run(sc_core *);
+int sc_core_run(sc_core *); /* until stopped: 0; until paused: 1, and it may be run again */
 void sc_core_stop(sc_core *);
+void sc_core_pause(sc_core *, bool on);
 bool sc_on_exit_thread(sc_core *);
 void sc_core_wake(sc_core *); /* no-op on the exit thread: it looks before it sleeps */
 int sc_core_drain(sc_core *, int64_t timeout_ns); /* 1: the outbox is empty */
@@ -284,6 +287,10 @@ void sc_outbox_init(sc_outbox *, const char *address);
 void sc_outbox_free(sc_core *);
 /* Take over what an earlier shim of this address could not hand over, and use the file from now on. May block. */
 int sc_outbox_spill(sc_core *, const char *path, int64_t cap);
+/* What another image of this process has not handed over: the events in their order, and the connection on which those in flight
+ * were sent. Before the core runs. 0 or -errno; the fd is the outbox's if it is 0. */
+int sc_outbox_adopt(sc_core *, bool flight, const sc_event *like, const uint8_t *body, size_t n);
+int sc_outbox_adopt_socket(sc_core *, int fd, uint32_t next_stream, const uint8_t *out, size_t n, const uint8_t *in, size_t m);
 int sc_outbox_keep(sc_core *); /* at the end: what is unsent goes to the file; how many, or -errno */
 sc_event *sc_event_new(sc_core *, sc_slice topic, sc_slice type_url, sc_slice payload, const char *id, const char *exec_id);
 void sc_outbox_push(sc_core *, sc_event *); /* under the lock */

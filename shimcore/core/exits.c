@@ -57,7 +57,7 @@ static void grow(sc_core *c)
     free(was);
 }
 
-static void insert(sc_core *c, sc_slot *s)
+void sc_slot_insert(sc_core *c, sc_slot *s)
 {
     if (++c->slot_count > c->slot_cap)
         grow(c);
@@ -93,7 +93,7 @@ static void record_late_fire(sc_core *c, sc_timer *t);
 static void teardown_fire(sc_core *c, sc_timer *t);
 static void slot_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real);
 
-static sc_slot *new_slot(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n)
+sc_slot *sc_slot_new(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n)
 {
     sc_slot *s = calloc(1, sizeof *s);
     if (!s)
@@ -121,6 +121,11 @@ static sc_slot *new_slot(sc_core *c, const char *id, const char *exec_id, const 
     s->teardown.fire = teardown_fire;
     s->bound_ns = INIT_BOUND_NS;
     return s;
+}
+
+sc_slot *sc_slot_in_table(sc_core *c, const char *id, const char *exec_id)
+{
+    return find(c, id, exec_id);
 }
 
 sc_slot *sc_slot_find(sc_core *c, const char *id, const char *exec_id)
@@ -152,13 +157,13 @@ static void closed(sc_core *c)
 
 int sc_slot_open_init(sc_core *c, const char *id, const uint8_t *state, size_t n, sc_slot **out)
 {
-    sc_slot *s = new_slot(c, id, "", state, n);
+    sc_slot *s = sc_slot_new(c, id, "", state, n);
     if (!s)
         return -ENOMEM;
     sc_lock(c);
     bool used = find(c, id, "") != NULL;
     if (!used) {
-        insert(c, s);
+        sc_slot_insert(c, s);
         opened(c, s);
     }
     sc_unlock(c);
@@ -170,9 +175,17 @@ int sc_slot_open_init(sc_core *c, const char *id, const uint8_t *state, size_t n
     return 0;
 }
 
+void sc_slot_add_exec(sc_slot *init, sc_slot *exec)
+{
+    exec->init = init;
+    sc_slot_ref(init);
+    exec->sibling = init->execs;
+    init->execs = exec;
+}
+
 int sc_slot_reserve(sc_core *c, const char *id, const char *exec_id, const uint8_t *state, size_t n, sc_slot **out)
 {
-    sc_slot *s = new_slot(c, id, exec_id, state, n);
+    sc_slot *s = sc_slot_new(c, id, exec_id, state, n);
     if (!s)
         return -ENOMEM;
     sc_lock(c);
@@ -180,13 +193,9 @@ int sc_slot_reserve(sc_core *c, const char *id, const char *exec_id, const uint8
     int r = *exec_id && !init ? -ENOENT : find(c, id, exec_id) ? -EEXIST : 0;
     if (r == 0) {
         s->phase = SC_RESERVED;
-        if (init) {
-            s->init = init;
-            sc_slot_ref(init);
-            s->sibling = init->execs;
-            init->execs = s;
-        }
-        insert(c, s);
+        if (init)
+            sc_slot_add_exec(init, s);
+        sc_slot_insert(c, s);
     }
     sc_unlock(c);
     if (r < 0) {
@@ -409,6 +418,11 @@ static void kill_rest(sc_core *c, sc_slot *s)
     sc_core_wake(c);
 }
 
+void sc_slot_kill_rest(sc_slot *s)
+{
+    kill_rest(s->core, s);
+}
+
 void sc_kill_queued(sc_core *c)
 {
     sc_lock(c);
@@ -456,6 +470,11 @@ static void exited(sc_core *c, sc_slot *s, const sc_exit_status *st, int64_t mon
             sc_timer_set(c, &s->bound, mono + s->bound_ns);
     }
     sc_tell_if_due(s);
+}
+
+void sc_slot_exited(sc_slot *s, const sc_exit_status *st, int64_t mono, int64_t real)
+{
+    exited(s->core, s, st, mono, real);
 }
 
 static void slot_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t mono, int64_t real)

@@ -58,6 +58,37 @@ bool sc_waiter_cancel(sc_core *, sc_waiter *); /* true: taken out, fire will not
 /* StateResponse, serialized, appended to out. */
 int sc_slot_state(sc_core *, const char *id, const char *exec_id, sc_buf *out);
 
+/* handover.c: what outlives an exec of this process by itself (docs/upgrade.md). The exit thread does not run meanwhile. */
+typedef struct {
+    int phase, task_status;
+    bool announced, overdue, oom_over, killing;
+    pid_t pid;
+    sc_exit exit;
+    int64_t opened_mono, reaped_mono, recorded_mono;
+    const uint8_t *state; /* here and in kill_procs: the slot's, or the caller's */
+    size_t state_len;
+    const char *kill_procs; /* NULL: none */
+    int64_t bound_ns, bound_at; /* bound_at: when an init that has exited waits no longer, 0: it does not */
+    int ledger_fd; /* -1: none, as oom_fd */
+    int64_t ledger_at;
+    int oom_fd;
+    bool oom_v2;
+    uint64_t oom_seen;
+} sc_saved_slot;
+const char *sc_core_busy(sc_core *); /* why nothing can be handed over now; NULL: it can */
+void sc_slot_save(sc_slot *, sc_saved_slot *out); /* under the lock */
+/* As it was, but nothing is watched, told or killed. Init before its execs. -EEXIST -ENOENT -EINVAL -ENOMEM */
+int sc_slot_restore(sc_core *, const char *id, const char *exec_id, const sc_saved_slot *, sc_slot **out);
+/* Go on with it: its death is seen, and so is one that came meanwhile. The fds of the saved slot are the core's from now on. */
+int sc_slot_resume(sc_slot *, const sc_saved_slot *);
+/* exits.c, for handover.c; under the lock but for the first */
+sc_slot *sc_slot_new(sc_core *, const char *id, const char *exec_id, const uint8_t *state, size_t n);
+sc_slot *sc_slot_in_table(sc_core *, const char *id, const char *exec_id);
+void sc_slot_insert(sc_core *, sc_slot *);
+void sc_slot_add_exec(sc_slot *init, sc_slot *exec);
+void sc_slot_kill_rest(sc_slot *);
+void sc_slot_exited(sc_slot *, const sc_exit_status *, int64_t mono, int64_t real);
+
 typedef struct {
     int phase, status;
     pid_t pid;

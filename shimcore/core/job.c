@@ -78,6 +78,7 @@ static void job_died(sc_core *c, sc_child *k, const sc_exit_status *st, int64_t 
     (void)mono, (void)real;
     sc_job *j = (sc_job *)k;
     j->dead = true;
+    c->jobs--;
     if (j->done) { /* given up before */
         if (j->taken) {
             j->grave = c->graveyard;
@@ -158,6 +159,7 @@ sc_job *sc_job_start(sc_core *c, const sc_spawn_args *args, size_t cap, int64_t 
     }
     sc_lock(c);
     c->stats.jobs++;
+    c->jobs++;
     if (j->out_fd >= 0 && sc_watch_fd(c, j->out_fd, EPOLLIN, &j->out_src) < 0) {
         close(j->out_fd);
         j->out_fd = -1;

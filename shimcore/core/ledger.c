@@ -110,6 +110,19 @@ int sc_ledger_open(const char *path, sc_ledger **out)
     return 0;
 }
 
+sc_ledger *sc_ledger_adopt(int fd, int64_t at)
+{
+    struct statfs fs;
+    sc_ledger *l = calloc(1, sizeof *l);
+    if (!l)
+        return NULL;
+    atomic_init(&l->refs, 1);
+    l->fd = fd;
+    l->at = at;
+    l->inline_ = fstatfs(fd, &fs) == 0 && fs.f_type == TMPFS_MAGIC;
+    return l;
+}
+
 void sc_ledger_unref(sc_ledger *l)
 {
     if (!l || atomic_fetch_sub(&l->refs, 1) != 1)
@@ -157,6 +170,7 @@ static void *writer(void *arg)
         if (!r->head)
             r->tail = &r->head;
         r->count--;
+        r->busy = true;
         pthread_mutex_unlock(&c->lock);
         bool ok = write_record(e->ledger, e->record, e->n, e->at);
         sc_lock(c);
@@ -167,6 +181,7 @@ static void *writer(void *arg)
         sc_ledger_unref(e->ledger);
         free(e);
         pthread_mutex_lock(&c->lock);
+        r->busy = false;
     }
     pthread_mutex_unlock(&c->lock);
     return NULL;
@@ -207,6 +222,11 @@ void sc_recorder_stop(sc_core *c)
     pthread_cond_destroy(&r->work);
     free(r);
     c->recorder = NULL;
+}
+
+bool sc_recorder_idle(const sc_core *c)
+{
+    return !c->recorder || (!c->recorder->head && !c->recorder->busy);
 }
 
 void sc_record(sc_core *c, sc_slot *s)

@@ -18,11 +18,14 @@ typedef struct sc_ledger {
 
 /* May block: not on the exit thread. An old file is kept and added to. 0 or -errno. */
 int sc_ledger_open(const char *path, sc_ledger **out);
+/* One that is open already, whose next record goes to `at`; the fd is the ledger's. NULL: no memory. */
+sc_ledger *sc_ledger_adopt(int fd, int64_t at);
 void sc_ledger_unref(sc_ledger *);
 
 /* Under the lock. Begin to record a slot's exit; afterwards slot->record says how it stands. */
 void sc_record(sc_core *, sc_slot *);
 void sc_recorder_stop(sc_core *); /* at the core's end */
+bool sc_recorder_idle(const sc_core *);
 uint32_t sc_crc32(const uint8_t *p, size_t n);
 size_t sc_ledger_encode(const sc_slot *, uint8_t *out, size_t room);
 #endif

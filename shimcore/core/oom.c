@@ -95,6 +95,20 @@ static int arm_v1(const char *folder)
     return ev;
 }
 
+int sc_oom_adopt(sc_slot *init, int fd, bool v2, uint64_t seen)
+{
+    sc_oom *o = calloc(1, sizeof *o);
+    if (!o)
+        return -ENOMEM;
+    *o = (sc_oom){.src.ready = oom_ready, .fd = fd, .v2 = v2, .init = init, .seen = seen};
+    int r = sc_watch_fd(init->core, fd, v2 ? EPOLLPRI | EPOLLET : EPOLLIN, &o->src);
+    if (r < 0)
+        free(o);
+    else
+        init->oom = o;
+    return r;
+}
+
 int sc_oom_watch(sc_slot *init, const char *folder, bool v2)
 {
     sc_core *c = init->core;

@@ -17,6 +17,8 @@ typedef struct sc_oom {
 
 /* Watch a container. path: v1 the memory cgroup's folder, v2 the cgroup's folder. 0 or -errno. */
 int sc_oom_watch(sc_slot *init, const char *folder, bool v2);
+/* What an earlier image of this process has watched; fd is its, and ours if 0 is returned. Under the lock. */
+int sc_oom_adopt(sc_slot *init, int fd, bool v2, uint64_t seen);
 /* Under the lock: queue TaskOOM if there was a kill since the last look. */
 void sc_oom_look(sc_core *, sc_oom *);
 void sc_oom_free(sc_core *, sc_oom *); /* exit thread, or when the core is not running */

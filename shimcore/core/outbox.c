@@ -189,6 +189,38 @@ int sc_outbox_spill(sc_core *c, const char *path, int64_t cap)
     return r;
 }
 
+int sc_outbox_adopt(sc_core *c, bool flight, const sc_event *like, const uint8_t *body, size_t n)
+{
+    sc_event *e = malloc(sizeof *e + n);
+    if (!e)
+        return -ENOMEM;
+    *e = (sc_event){.key_id = like->key_id, .key_exec = like->key_exec, .stream = like->stream, .vital = like->vital, .len = n};
+    e->refused_since = like->refused_since;
+    memcpy(e->body, body, n);
+    sc_lock(c);
+    list_add(flight ? &c->outbox.flight : &c->outbox.queue, e);
+    sc_unlock(c);
+    return 0;
+}
+
+int sc_outbox_adopt_socket(sc_core *c, int fd, uint32_t next_stream, const uint8_t *out, size_t n, const uint8_t *in, size_t m)
+{
+    sc_outbox *o = &c->outbox;
+    sc_lock(c);
+    int r = sc_buf_put(&o->out, out, n) && sc_buf_put(&o->in, in, m) ? 0 : -ENOMEM;
+    if (r == 0)
+        r = sc_watch_fd(c, fd, EPOLLIN | (n ? EPOLLOUT : 0), &o->src);
+    if (r == 0) {
+        o->fd = fd;
+        o->armed_out = n > 0;
+        o->next_stream = next_stream;
+        if (o->flight.count)
+            sc_timer_set(c, &o->mute, sc_now_mono() + MUTE_NS);
+    }
+    sc_unlock(c);
+    return r;
+}
+
 int sc_outbox_keep(sc_core *c)
 {
     sc_outbox *o = &c->outbox;

@@ -135,6 +135,18 @@ int sc_raise_nofile(uint64_t *was, uint64_t *is)
     return 0;
 }
 
+void sc_nofile_before(uint64_t *soft, uint64_t *hard, bool set)
+{
+    if (set) {
+        nofile_before = (struct rlimit){*soft, *hard};
+        nofile_raised = true;
+    } else if (!nofile_raised) {
+        getrlimit(RLIMIT_NOFILE, &nofile_before);
+    }
+    *soft = nofile_before.rlim_cur;
+    *hard = nofile_before.rlim_max;
+}
+
 static int waited(int r, const siginfo_t *info, sc_exit_status *out)
 {
     if (r < 0)

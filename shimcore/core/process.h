@@ -14,6 +14,8 @@ int sc_set_subreaper(bool on);
 int sc_get_subreaper(void);
 int sc_pidfd_open(pid_t pid); /* works on a zombie too */
 int sc_pidfd_send_signal(int pidfd, int sig);
+/* What children get, which is what there was before sc_raise_nofile; set: from now on. */
+void sc_nofile_before(uint64_t *soft, uint64_t *hard, bool set);
 int sc_raise_nofile(uint64_t *was, uint64_t *is);
 
 typedef struct {

@@ -229,6 +229,33 @@ void sc_core_free(sc_core *c)
     free(c);
 }
 
+static void unblock(const int *sigs, size_t n)
+{
+    sigset_t open;
+    sigemptyset(&open);
+    for (size_t i = 0; i < n; i++)
+        sigaddset(&open, sigs[i]);
+    pthread_sigmask(SIG_UNBLOCK, &open, NULL);
+}
+
+static void handle(int sig, void (*handler)(int))
+{
+    struct sigaction sa;
+    memset(&sa, 0, sizeof sa);
+    sa.sa_handler = handler;
+    sa.sa_flags = SA_RESTART | (sig == SIGCHLD ? SA_NOCLDSTOP : 0);
+    sigfillset(&sa.sa_mask);
+    sigaction(sig, &sa, NULL);
+}
+
+void sc_signals_early(void)
+{
+    static const int sigs[] = {SIGTERM, SIGINT, SIGPIPE, SIGUSR1};
+    for (size_t i = 0; i < sizeof sigs / sizeof *sigs; i++)
+        handle(sigs[i], on_signal);
+    unblock(sigs, sizeof sigs / sizeof *sigs);
+}
+
 int sc_core_signals(sc_core *c, bool sigchld)
 {
     int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), none = -1;
@@ -245,20 +272,14 @@ int sc_core_signals(sc_core *c, bool sigchld)
         return r;
     }
     static const int sigs[] = {SIGTERM, SIGINT, SIGPIPE, SIGUSR1, SIGCHLD};
-    for (size_t i = 0; i < sizeof sigs / sizeof *sigs; i++) {
-        struct sigaction sa;
-        memset(&sa, 0, sizeof sa);
-        /* Inherited SIG_IGN of SIGCHLD would lose every status (wait(2), notes): without our reaper it is set to default. */
-        sa.sa_handler = sigs[i] == SIGCHLD && !sigchld ? SIG_DFL : on_signal;
-        sa.sa_flags = SA_RESTART | (sigs[i] == SIGCHLD ? SA_NOCLDSTOP : 0);
-        sigfillset(&sa.sa_mask);
-        sigaction(sigs[i], &sa, NULL);
-    }
-    sigset_t open;
-    sigemptyset(&open);
+    /* Inherited SIG_IGN of SIGCHLD would lose every status (wait(2), notes): without our reaper it is set to default. */
     for (size_t i = 0; i < sizeof sigs / sizeof *sigs; i++)
-        sigaddset(&open, sigs[i]);
-    pthread_sigmask(SIG_UNBLOCK, &open, NULL);
+        handle(sigs[i], sigs[i] == SIGCHLD && !sigchld ? SIG_DFL : on_signal);
+    unblock(sigs, sizeof sigs / sizeof *sigs);
+    uint64_t one = 1;
+    if (atomic_load(&signals_seen) && write(fd, &one, sizeof one) < 0) { /* came early */
+        /* EAGAIN: it is readable already. */
+    }
     sc_lock(c);
     c->has_signals = true;
     c->reap_orphans = c->has_sigchld = sigchld;
@@ -385,7 +406,7 @@ int sc_core_run(sc_core *c)
     c->runner = pthread_self();
     atomic_store(&c->running, true);
     sc_unlock(c);
-    while (!atomic_load(&c->stop)) {
+    while (!atomic_load(&c->stop) && !atomic_load(&c->pause)) {
         sc_lock(c);
         int timeout = timeout_ms(c);
         sc_unlock(c);
@@ -423,13 +444,20 @@ int sc_core_run(sc_core *c)
     sc_children_close(c, SC_CLOSING);
     atomic_store(&c->running, false);
     sc_unlock(c);
-    return 0;
+    return !atomic_load(&c->stop);
 }
 
 void sc_core_stop(sc_core *c)
 {
     atomic_store(&c->stop, true);
     sc_core_wake(c);
+}
+
+void sc_core_pause(sc_core *c, bool on)
+{
+    atomic_store(&c->pause, on);
+    if (on)
+        sc_core_wake(c);
 }
 
 int sc_core_drain(sc_core *c, int64_t timeout_ns)

@@ -90,6 +90,39 @@ static void wait_fired(sc_waiter *w)
     sc_call_unref(k); /* the waiter's */
 }
 
+/* A Wait: 0 or 1, or what sc_slot_wait has against it. */
+static int park(sc_server *s, sc_call *k, const char *id, const char *exec_id)
+{
+    uint8_t small[64];
+    k->waiter.fire = wait_fired;
+    pthread_mutex_lock(&k->conn->lock);
+    k->parked = true;
+    k->conn->inflight--;
+    bool many = ++k->conn->parked > s->limits.max_inflight;
+    pthread_mutex_unlock(&k->conn->lock);
+    atomic_fetch_sub(&s->inflight, 1);
+    if (many) {
+        static const char text[] = "too many Waits in flight";
+        sc_call_reply(k, SC_RESOURCE_EXHAUSTED, text, sizeof text - 1, NULL, 0, true);
+        return 1;
+    }
+    sc_call_ref(k); /* the waiter's */
+    int r = sc_slot_wait(s->core, id, exec_id, &k->waiter, k->deadline);
+    if (r == 1)
+        sc_call_reply(k, 0, NULL, 0, small, wait_response(small, &k->waiter.exit), true);
+    if (r)
+        sc_call_unref(k);
+    return r;
+}
+
+static void answer_unknown(sc_call *k, int r, const char *id, const char *exec_id)
+{
+    char text[2200];
+    int n = *exec_id ? snprintf(text, sizeof text, "exec %.1023s of container %.1023s not found", exec_id, id)
+                     : snprintf(text, sizeof text, "container %.1023s not found", id);
+    sc_call_reply(k, r == -ENOENT ? SC_NOT_FOUND : SC_INTERNAL, text, (size_t)n, NULL, 0, true);
+}
+
 static void answer_native(sc_server *s, sc_call *k, int native)
 {
     char id[1024], exec_id[1024];
@@ -107,24 +140,7 @@ static void answer_native(sc_server *s, sc_call *k, int native)
             sc_call_reply(k, 0, NULL, 0, out.p, out.len, true);
         sc_buf_free(&out);
     } else if (native == SC_NATIVE_WAIT) {
-        k->waiter.fire = wait_fired;
-        pthread_mutex_lock(&k->conn->lock);
-        k->parked = true;
-        k->conn->inflight--;
-        bool many = ++k->conn->parked > s->limits.max_inflight;
-        pthread_mutex_unlock(&k->conn->lock);
-        atomic_fetch_sub(&s->inflight, 1);
-        if (many) {
-            static const char text[] = "too many Waits in flight";
-            sc_call_reply(k, SC_RESOURCE_EXHAUSTED, text, sizeof text - 1, NULL, 0, true);
-            return;
-        }
-        sc_call_ref(k); /* the waiter's */
-        r = sc_slot_wait(s->core, id, exec_id, &k->waiter, k->deadline);
-        if (r == 1)
-            sc_call_reply(k, 0, NULL, 0, small, wait_response(small, &k->waiter.exit), true);
-        if (r)
-            sc_call_unref(k);
+        r = park(s, k, id, exec_id);
     } else {
         sc_slot *slot = sc_slot_find(s->core, id, "");
         uint8_t *p = sc_write_uint(small, 1, (uint64_t)getpid());
@@ -138,12 +154,8 @@ static void answer_native(sc_server *s, sc_call *k, int native)
         p = sc_write_bytes(p, 3, "2", 1);
         sc_call_reply(k, 0, NULL, 0, small, (size_t)(p - small), true);
     }
-    if (r < 0) {
-        char text[2200];
-        int n = *exec_id ? snprintf(text, sizeof text, "exec %s of container %s not found", exec_id, id)
-                         : snprintf(text, sizeof text, "container %s not found", id);
-        sc_call_reply(k, r == -ENOENT ? SC_NOT_FOUND : SC_INTERNAL, text, (size_t)n, NULL, 0, true);
-    }
+    if (r < 0)
+        answer_unknown(k, r, id, exec_id);
 }
 
 /* A request's payload is the first message, if it has one. */
@@ -158,6 +170,55 @@ static bool open_stream(sc_call *k, uint8_t flags, const sc_request *q)
     pthread_mutex_unlock(&k->conn->lock);
     k->payload.n = 0;
     return ok;
+}
+
+static sc_call *new_call(sc_conn *c, uint32_t stream)
+{
+    sc_call *k = calloc(1, sizeof *k);
+    if (!k)
+        return NULL;
+    atomic_init(&k->refs, 2); /* the connection's list, and ours */
+    atomic_fetch_add(&c->refs, 1);
+    k->conn = c;
+    k->stream = stream;
+    return k;
+}
+
+static void list_call(sc_call *k)
+{
+    sc_conn *c = k->conn;
+    pthread_mutex_lock(&c->lock);
+    k->next = c->calls;
+    if (k->next)
+        k->next->prev = k;
+    c->calls = k;
+    sc_call **chain = &c->streams[k->stream / 2 % (sizeof c->streams / sizeof *c->streams)];
+    k->next_stream = *chain;
+    *chain = k;
+    c->inflight++;
+    pthread_mutex_unlock(&c->lock);
+    atomic_fetch_add(&c->srv->inflight, 1);
+}
+
+int sc_conn_adopt_wait(sc_conn *c, uint32_t stream, const char *id, const char *exec_id, int64_t deadline)
+{
+    sc_call *k = new_call(c, stream);
+    if (!k)
+        return -ENOMEM;
+    k->deadline = deadline;
+    list_call(k);
+    int r = park(c->srv, k, id, exec_id);
+    if (r < 0)
+        answer_unknown(k, r, id, exec_id);
+    sc_call_unref(k);
+    return 0;
+}
+
+void sc_conn_answer_with(sc_conn *c, uint32_t stream, int32_t code, const char *text, const void *payload, size_t n)
+{
+    uint8_t head[SC_RESPONSE_HEAD + 1024];
+    size_t len = strlen(text);
+    sc_conn_send(c, head, sc_response_head(head, stream, code, text, len > 1024 ? 1024 : len, n), payload, n, false, NULL, false);
 }
 
 void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8_t *data, size_t n, sc_large **large)
@@ -189,15 +250,11 @@ void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8
         sc_conn_answer(c, stream, SC_RESOURCE_EXHAUSTED, "too many requests in flight");
         return;
     }
-    sc_call *k = calloc(1, sizeof *k);
+    sc_call *k = new_call(c, stream);
     if (!k) {
         sc_conn_answer(c, stream, SC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
-    atomic_init(&k->refs, 2); /* the connection's list, and ours */
-    atomic_fetch_add(&c->refs, 1);
-    k->conn = c;
-    k->stream = stream;
     k->payload = q.payload;
     if (q.timeout_ns) {
         int64_t now = sc_now_mono();
@@ -207,17 +264,7 @@ void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8
         memcpy(k->metadata, q.metadata.p, q.metadata.n);
         k->metadata_len = q.metadata.n;
     }
-    pthread_mutex_lock(&c->lock);
-    k->next = c->calls;
-    if (k->next)
-        k->next->prev = k;
-    c->calls = k;
-    sc_call **chain = &c->streams[stream / 2 % (sizeof c->streams / sizeof *c->streams)];
-    k->next_stream = *chain;
-    *chain = k;
-    c->inflight++;
-    pthread_mutex_unlock(&c->lock);
-    atomic_fetch_add(&s->inflight, 1);
+    list_call(k);
     atomic_fetch_add_explicit(&s->calls, 1, memory_order_relaxed);
 
     struct sc_route *r = s->routes[route_hash(q.service, q.method)];

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -190,6 +191,36 @@ static void listeners_arm(sc_server *s, uint32_t events)
     }
 }
 
+/* NULL with errno: the fd is still the caller's. */
+static sc_conn *new_conn(sc_server *s, int fd, const struct ucred *cred)
+{
+    sc_conn *c = calloc(1, sizeof *c);
+    if (!c)
+        return NULL;
+    *c = (sc_conn){.kind = K_CONN, .fd = fd, .srv = s, .pid = cred->pid, .uid = (int)cred->uid, .gid = (int)cred->gid};
+    int r = watch(s, fd, EPOLLIN, c);
+    if (r < 0) {
+        free(c);
+        errno = -r;
+        return NULL;
+    }
+    atomic_init(&c->refs, 1);
+    atomic_fetch_add(&s->refs, 1);
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&c->changed, &attr);
+    pthread_condattr_destroy(&attr);
+    c->armed = EPOLLIN;
+    c->next = s->conns;
+    if (c->next)
+        c->next->prev = c;
+    s->conns = c;
+    s->nconns++;
+    return c;
+}
+
 static void accept_all(sc_server *s, struct listener *l)
 {
     while (l->fd >= 0) {
@@ -215,31 +246,32 @@ static void accept_all(sc_server *s, struct listener *l)
             close(fd);
             continue;
         }
-        sc_conn *c = calloc(1, sizeof *c);
-        if (!c) {
+        if (!new_conn(s, fd, &cred)) {
             close(fd);
             return;
         }
-        *c = (sc_conn){.kind = K_CONN, .fd = fd, .srv = s, .pid = cred.pid, .uid = (int)cred.uid, .gid = (int)cred.gid};
-        atomic_init(&c->refs, 1);
-        atomic_fetch_add(&s->refs, 1);
-        pthread_mutex_init(&c->lock, NULL);
-        pthread_condattr_t attr;
-        pthread_condattr_init(&attr);
-        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-        pthread_cond_init(&c->changed, &attr);
-        pthread_condattr_destroy(&attr);
-        c->armed = EPOLLIN;
-        if (watch(s, fd, EPOLLIN, c) < 0) {
-            sc_conn_unref(c);
-            return;
-        }
-        c->next = s->conns;
-        if (c->next)
-            c->next->prev = c;
-        s->conns = c;
-        s->nconns++;
     }
+}
+
+sc_conn *sc_server_adopt(sc_server *s, int fd, uint32_t last_stream, size_t skip, bool eof, const void *in, size_t n,
+                         const void *out, size_t m)
+{
+    struct ucred cred = {0, (uid_t)-1, (gid_t)-1};
+    socklen_t len = sizeof cred;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0)
+        return NULL;
+    sc_conn *c = new_conn(s, fd, &cred);
+    if (!c)
+        return NULL;
+    c->last_stream = last_stream;
+    c->skip = skip;
+    c->eof = eof;
+    if (!sc_buf_put(&c->in, in, n) || !sc_buf_put(&c->out, out, m))
+        abort(); /* no memory at start */
+    pthread_mutex_lock(&c->lock);
+    sc_conn_arm(c);
+    pthread_mutex_unlock(&c->lock);
+    return c;
 }
 
 /* Connections whose peer had shut its sending side and whose last call has been answered since. */
@@ -299,7 +331,7 @@ int sc_server_handle(sc_server *s, bool standin)
     int work = 0;
     while (s->at < s->nev && (standin || (!s->ready && !s->wanting))) {
         struct epoll_event *e = &s->evs[s->at++];
-        if (e->data.ptr)
+        if (e->data.ptr && (!atomic_load(&s->held) || *(int *)e->data.ptr >= K_WAKE)) /* what is left out shows again */
             work |= handle(s, e);
     }
     sc_server_flush(s); /* what C has answered does not wait for the handlers of this batch */
@@ -320,6 +352,17 @@ void sc_server_poll(sc_server *s)
         } else {
             timeout = (int)(left / 1000000) + 1;
         }
+    }
+    if (atomic_load(&s->held)) {
+        struct pollfd p[2] = {{.fd = s->wakefd, .events = POLLIN}, {.fd = s->core->mailfd, .events = POLLIN}};
+        s->at = s->nev = 0;
+        if (poll(p, s->standin.mail_muted ? 1 : 2, -1) > 0) {
+            if (p[0].revents)
+                s->evs[s->nev++] = (struct epoll_event){.events = EPOLLIN, .data.ptr = &s->wake_kind};
+            if (p[1].revents)
+                s->evs[s->nev++] = (struct epoll_event){.events = EPOLLIN, .data.ptr = &s->mail_kind};
+        }
+        return;
     }
     int n = epoll_wait(s->epfd, s->evs, sizeof s->evs / sizeof *s->evs, timeout);
     s->at = 0;
@@ -355,6 +398,20 @@ void sc_server_drain(sc_server *s)
 {
     atomic_store(&s->draining, true);
     sc_server_wake(s);
+}
+
+void sc_server_hold(sc_server *s, bool on)
+{
+    atomic_store(&s->held, on);
+    sc_server_wake(s);
+}
+
+bool sc_server_receiving(sc_server *s)
+{
+    for (sc_conn *c = s->conns; c; c = c->next)
+        if (c->large && c->large->owner)
+            return true;
+    return false;
 }
 
 void sc_server_stop(sc_server *s)

@@ -128,6 +128,15 @@ void sc_server_stop(sc_server *);  /* sc_server_wait returns SC_WORK_STOPPED; an
 unsigned sc_server_inflight(sc_server *); /* calls not answered yet; any thread */
 bool sc_server_idle(sc_server *);         /* none, and no answer is left to be sent; whoever holds the role */
 void sc_server_close_all(sc_server *); /* RPC thread, or after it has ended */
+/* While it is held, nothing is accepted or read: requests wait in their sockets. Calls that were taken are answered. Any thread. */
+void sc_server_hold(sc_server *, bool on);
+bool sc_server_receiving(sc_server *); /* part of a request is where its handler will have it; RPC thread */
+/* A connection, and a Wait, of an earlier image of this process, before the first wait. NULL with errno: the fd is the caller's.
+ * in: the beginning of a frame; skip: bytes of one to pass over; out: what has not been sent. */
+sc_conn *sc_server_adopt(sc_server *, int fd, uint32_t last_stream, size_t skip, bool eof, const void *in, size_t n,
+                         const void *out, size_t m);
+int sc_conn_adopt_wait(sc_conn *, uint32_t stream, const char *id, const char *exec_id, int64_t deadline);
+void sc_conn_answer_with(sc_conn *, uint32_t stream, int32_t code, const char *text, const void *payload, size_t n);
 
 /* standin.c: 0 or -errno. Stopped before sc_server_close_all. */
 int sc_standin_start(sc_server *);
@@ -232,7 +241,7 @@ struct sc_server {
     int nev, at;
     uint8_t *rbuf;
     int64_t accept_again; /* 0, or when to try accept after EMFILE */
-    atomic_bool draining, stop;
+    atomic_bool draining, stop, held;
     sc_conn *wanting;      /* it waits for room; under role */
     size_t room;           /* how much; RPC thread, as the next three */
     void *given, *unused;  /* room; and what came to nothing */

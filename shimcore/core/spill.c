@@ -135,7 +135,7 @@ sc_event *sc_spill_take(struct sc_spill *s)
     return e;
 }
 
-int sc_spill_open(struct sc_spill *s, const char *path, int64_t cap)
+static int begin(struct sc_spill *s, const char *path, int64_t cap)
 {
     char folder[4096];
     const char *slash = strrchr(path, '/');
@@ -149,6 +149,25 @@ int sc_spill_open(struct sc_spill *s, const char *path, int64_t cap)
     if (!s->path)
         return -ENOMEM;
     s->usable = statfs(folder, &fs) == 0 && fs.f_type == TMPFS_MAGIC;
+    return 0;
+}
+
+bool sc_spill_adopt(struct sc_spill *s, const char *path, int fd, int64_t from, int64_t to, size_t count, int64_t cap)
+{
+    if (begin(s, path, cap) < 0)
+        return false;
+    s->fd = fd;
+    s->from = from;
+    s->to = to;
+    s->count = count;
+    return true;
+}
+
+int sc_spill_open(struct sc_spill *s, const char *path, int64_t cap)
+{
+    int r = begin(s, path, cap);
+    if (r < 0)
+        return r;
     int fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
         return errno == ENOENT ? 0 : -errno;

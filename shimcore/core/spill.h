@@ -21,6 +21,8 @@ struct sc_spill {
 
 void sc_spill_init(struct sc_spill *);
 void sc_spill_free(struct sc_spill *);
+/* A file that another one of this process's images had open; fd -1: none. false: no memory. */
+bool sc_spill_adopt(struct sc_spill *, const char *path, int fd, int64_t from, int64_t to, size_t count, int64_t cap);
 bool sc_spill_put(struct sc_spill *, const sc_event *);
 sc_event *sc_spill_take(struct sc_spill *); /* the oldest, or NULL */
 /* Open what an earlier shim of this address left. Returns the number of events, or -errno. May block. */

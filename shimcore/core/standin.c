@@ -84,7 +84,8 @@ static void act(sc_server *s, unsigned moves)
     t->acting = true;
     atomic_store(&s->reader, pthread_self());
     atomic_fetch_add(&t->acted, 1);
-    while (atomic_load(&t->moves) == moves && !atomic_load(&t->back) && !atomic_load(&t->quit) && t->held < HELD_MAX) {
+    while (atomic_load(&t->moves) == moves && !atomic_load(&t->back) && !atomic_load(&t->quit) && !atomic_load(&s->held) &&
+           t->held < HELD_MAX) {
         int work = sc_server_handle(s, true);
         if (work & SC_WORK_NOTES && !t->mail_muted) {
             sc_server_mail(s, false);
@@ -118,7 +119,7 @@ static void *stand_in(void *arg)
         if (atomic_load(&t->moves) != moves || atomic_load(&t->quit))
             continue;
         pthread_mutex_lock(&t->role);
-        if (atomic_load(&t->moves) == moves)
+        if (atomic_load(&t->moves) == moves && !atomic_load(&s->held))
             act(s, moves);
         pthread_mutex_unlock(&t->role);
         if (atomic_load(&t->moves) == moves && !atomic_load(&t->quit)) /* it holds all that it may, or is being called back */

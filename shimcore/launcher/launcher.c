@@ -490,6 +490,8 @@ int main(int argc, char **argv)
 {
     load();
     trace = getenv("SHIMCORE_TEMPLATE_TRACE");
+    if (getenv("SHIMCORE_UPGRADE")) /* by a daemon, which is to be this very process (upgrade.py) */
+        plain(argc, argv, "an upgrade");
     const char *off = getenv("SHIMCORE_TEMPLATE"), *path = getenv("SHIMCORE_TEMPLATE_DIR");
     if (off ? !strcmp(off, "0") || !strcmp(off, "off") : !wanted)
         plain(argc, argv, "off");

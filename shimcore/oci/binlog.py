@@ -92,6 +92,14 @@ class Logger:
             for fd in fds:
                 os.close(fd)
 
+    @classmethod
+    def adopt(cls, path: str, fd: int) -> Logger:
+        """One that runs already, by its pidfd; -1: it has ended."""
+        logger = cls.__new__(cls)
+        logger._path, logger._fd, logger._status = path, fd, None
+        logger.stdout = logger.stderr = -1
+        return logger
+
     def check(self) -> None:
         """Raises Unknown when it has ended already."""
         if self.ended():

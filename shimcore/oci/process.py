@@ -116,11 +116,14 @@ class Process:
             self.io.started()
             if self.stdin_closed:  # CloseIO came while the runtime was at work
                 self.io.close_stdin()
-            if policy.action != "block" and self.io.streams:
-                from .readers import Watch
+            self.watch_readers(core, policy, lost, folder)
 
-                self.watch = Watch(self.io, policy, lost, folder)
-                jobs.Task(core, self.watch.run()).step()
+    def watch_readers(self, core: Core, policy: Policy, lost: Lost, folder: str) -> None:
+        if policy.action != "block" and self.io is not None and self.io.streams:
+            from .readers import Watch
+
+            self.watch = Watch(self.io, policy, lost, folder)
+            jobs.Task(core, self.watch.run()).step()
 
     def close_stdin(self) -> None:
         """CloseIO; before Start it is kept for then."""

@@ -13,6 +13,10 @@ from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, POLLIN, epoll, poll
 
 from .. import logger
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 ROOM = 65536  # bytes that are held of each direction
 
 
@@ -33,6 +37,21 @@ class Console:
         self.lost = 0  # bytes of output that could not be written: a full disk, for one
         self.closed = False
         self.over = False
+
+    def save(self) -> dict[str, Any]:
+        """While the relay is held."""
+        return {
+            "master": self.master, "input": self.input, "output": self.output, "from": self._from, "out": self._out,
+            "lost": self.lost, "over": self.over,
+        }  # fmt: skip
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any]) -> Console:
+        """What save() has returned; for carry_on()."""
+        console = cls(_the_relay(), saved["master"], saved["input"], saved["output"])
+        console._from, console._out = saved["from"], saved["out"]
+        console.lost, console.over = saved["lost"], saved["over"]
+        return console
 
     def resize(self, width: int, height: int) -> None:
         """Set the window's size, in characters; the program gets SIGWINCH. Raises OSError."""
@@ -159,12 +178,15 @@ class Relay:
             if fd >= 0:
                 os.set_blocking(fd, False)
         console = Console(self, master, input, output)
+        self.begin(console)
+        return console
+
+    def begin(self, console: Console) -> None:
         with self.lock:
             self._arm(console)
             start, self._running = not self._running, True
         if start:
             start_new_thread(self._run, ())
-        return console
 
     def close(self, console: Console) -> None:
         with self.lock:
@@ -222,8 +244,27 @@ _relay_lock = allocate_lock()
 
 def carry(master: int, input: int, output: int) -> Console:
     """Carry a console's bytes by this process's relay. See Relay.add."""
+    return _the_relay().add(master, input, output)
+
+
+def _the_relay() -> Relay:
     global _relay
     with _relay_lock:
         if _relay is None:
             _relay = Relay()
-    return _relay.add(master, input, output)
+    return _relay
+
+
+def hold(on: bool) -> None:
+    """Keep every terminal's bytes where they are, or let them go on."""
+    lock = _the_relay().lock
+    if on:
+        lock.acquire()
+    elif lock.locked():
+        lock.release()
+
+
+def carry_on(consoles: list[Console]) -> None:
+    """Carry these, which restore() has made."""
+    for console in consoles:
+        _the_relay().begin(console)

@@ -12,7 +12,7 @@ from .. import jobs, state
 from .._reaper import DROPPED, RESERVED, RUNNING, TOLD
 from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, ShimError
 from ..publisher import TOPIC_CREATE, TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXEC_STARTED, TOPIC_START
-from . import runc, stdio
+from . import handover, runc, stdio
 from .container import SIGKILL, Container
 from .control import empty, state_of
 from .process import ExecFiles, Process, check_id, exec_spec
@@ -21,6 +21,8 @@ from .sandbox import Sandbox
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from google.protobuf.empty_pb2 import Empty
 
     from .._reaper import ExitSignal, Slot
@@ -45,6 +47,7 @@ class RuncTask(Restore):
     def __init__(self, publisher: RemotePublisher, exit: ExitSignal) -> None:
         super().__init__(publisher, exit)
         self.sandbox = Sandbox(self.core, exit, self.let_go)
+        self._restored = False
 
     def holds(self) -> bool:
         return self.sandbox.running
@@ -80,6 +83,24 @@ class RuncTask(Restore):
             "stdio_dropped_bytes": ("Bytes of output that nobody read, thrown away.", self.lost.dropped),
             "stdio_spilled_bytes": ("Bytes of output that nobody read, kept on disk.", self.lost.spilled),
         }
+
+    # --- an upgrade in place
+
+    def hand_over(self, trial: bool) -> dict[str, Any]:
+        for cls in type(self).__mro__:
+            if "hand_over" in cls.__dict__:
+                break
+            if "__init__" in cls.__dict__:
+                raise FailedPrecondition(f"{cls.__name__} has an __init__ of its own, and no hand_over() and take_over()")
+        return handover.save(self, trial)
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        handover.restore(self, state)
+        self._restored = True
+
+    def go_on(self) -> None:
+        handover.resume(self, self._restored)
+        self._restored = False
 
     # --- Create
 
