@@ -90,7 +90,7 @@ BROKEN: dict[str, tuple[str, Callable[[str], str], str]] = {
     "code that ends": ("serve.py", lambda text: text + "\nimport os\nos._exit(7)\n", "status 7"),
     "code that kills itself": ("serve.py", lambda text: text + "\nimport os\nos.kill(os.getpid(), 9)\n", "status 137"),
     "code that hangs": ("serve.py", lambda text: text + "\nimport time\ntime.sleep(1000)\n", "not ready within 1 s"),
-    "another form": ("upgrade.py", lambda text: text.replace("FORMAT = 1 ", "FORMAT = 0 "), "it knows 0"),
+    "another form": ("upgrade.py", lambda text: text.replace("FORMAT = 1 ", "FORMAT = 0  "), "it knows 0"),
     "one that can not read it": ("oci/handover.py", lambda text: text + "\ndef restore(task, state): raise KeyError(3)\n", "3"),
 }
 
