@@ -203,6 +203,20 @@ cdef class Context:
             self.reply(payload, batch)
 
 
+def adapted(kind, handler, parse, streams):
+    """streams.adapted, imported with the first call: most shims never get one."""
+    made = []
+
+    def first(request, context):
+        if not made:
+            from .streams import adapted as adapt
+
+            made.append(adapt(kind, handler, parse, streams))
+        return made[0](request, context)
+
+    return first
+
+
 @cython.no_gc_clear  # the core must outlive the server, in a cycle too
 cdef class Server:
     cdef sc_server *s
@@ -260,8 +274,6 @@ cdef class Server:
             for interceptor in reversed(self.interceptors):
                 handler = intercepted(interceptor, handler)
             if streams:
-                from .streams import adapted
-
                 handler = adapted(kind, handler, request_class.FromString, streams)
             if sc_server_method(self.s, name.encode(), method.encode(), streams * SC_STREAM_CLIENT, len(self.methods)) < 0:
                 raise MemoryError

@@ -211,7 +211,7 @@ def test_check() -> None:
         check("", "http://x", "")
 
 
-@pytest.mark.parametrize("uri", ["ttrpc+unix:///run/containerd/c.sock.ttrpc?streaming_id=1", "vsock://2:1"])
+@pytest.mark.parametrize("uri", ["grpc+unix:///run/containerd/s/1?streaming_id=1", "ttrpc+vsock://2:1?streaming_id=1", "vsock://2:1"])
 def test_a_scheme_that_is_not_known_is_named(uri: str) -> None:
     for names in ((uri, "", ""), ("", uri, ""), ("", "", uri)):
         with pytest.raises(InvalidArgument, match=re.escape(f"unknown scheme of stdio {uri!r}")):

@@ -70,6 +70,8 @@ NEWEST_FILES = [
     ("containerd/api", "types/runtimeoptions/v1/api.proto"),
     ("containerd/api", "types/sandbox.proto"),
     ("containerd/api", "types/task/task.proto"),
+    ("containerd/api", "services/streaming/v1/streaming.proto"),
+    ("containerd/api", "types/transfer/streaming.proto"),
     ("cgroups/v3", "cgroup1/stats/metrics.proto"),
     ("cgroups/v3", "cgroup2/stats/metrics.proto"),
     ("ttrpc", "request.proto"),
@@ -81,7 +83,13 @@ RENAMED = {
     "containerd.types.Envelope": "containerd.services.events.ttrpc.v1.Envelope",
 }
 # Messages of the reference that no shim sends or gets.
-UNWANTED = {"ttrpc.StringList", "containerd.types.ActiveMount", "containerd.types.ActivationInfo"}
+UNWANTED = {
+    "ttrpc.StringList",
+    "containerd.types.ActiveMount",
+    "containerd.types.ActivationInfo",
+    "containerd.types.transfer.ReadStream",
+    "containerd.types.transfer.WriteStream",
+}
 # Fields of ours that the reference does not have: what came after 1.6, and what 2.x no longer has.
 SINCE_1_6 = {
     "containerd.runc.v1.Options": {"task_api_address", "task_api_version"},

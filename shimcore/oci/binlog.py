@@ -32,19 +32,25 @@ def _unquote(text: str) -> str:
     return os.fsdecode(out)
 
 
+def query(text: str) -> list[tuple[str, str]]:
+    """The names and values of a URI's query; of a name that is there twice the first counts. Raises InvalidArgument."""
+    found: dict[str, str] = {}
+    for pair in text.partition("#")[0].split("&"):
+        name, _, value = pair.partition("=")
+        if pair:
+            found.setdefault(_unquote(name), _unquote(value))
+    return list(found.items())
+
+
 def parse(uri: str) -> list[str]:
     """The argument vector of binary://PATH?k=v&… . Raises InvalidArgument."""
-    path, _, query = uri.partition("://")[2].partition("?")
+    path, _, text = uri.partition("://")[2].partition("?")
     path = _unquote(path.replace("+", "%2B"))
     if not path.startswith("/") or "\0" in path:
         raise InvalidArgument(f"a logging binary is named by an absolute path: {uri!r}")
     argv = [path]
-    seen = set()
-    for pair in query.partition("#")[0].split("&"):
-        name, _, value = pair.partition("=")
-        if pair and name not in seen:  # of a key that is there twice the first counts
-            seen.add(name)
-            argv += [_unquote(name), _unquote(value)]
+    for pair in query(text):
+        argv += pair
     if any("\0" in word for word in argv):
         raise InvalidArgument(f"not a query: {uri!r}")
     return argv

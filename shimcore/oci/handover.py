@@ -86,6 +86,8 @@ def _save_process(process: Process, fds: list[int]) -> dict[str, Any]:
 
 
 def _save_io(io: Stdio, fds: list[int]) -> dict[str, Any]:
+    if io.streamed:
+        raise FailedPrecondition("a process has containerd's streams for its stdio, whose calls never rest")
     console, logger = io._console, io.logger
     streams = [(one.name, one.read_fd, one.write_fd) for one in io.streams]
     ends = [*io._child.values(), io._input, io._output, io._stdin_hold]
@@ -119,6 +121,8 @@ def restore(task: RuncTask, state: dict[str, Any]) -> None:
     for saved in state["containers"]:
         container = _container(task, saved)
         task.containers[container.id] = container
+    for process in _processes(task):
+        process.streams = task.the_streams
 
 
 def _container(task: RuncTask, saved: dict[str, Any]) -> Container:

@@ -17,8 +17,11 @@ from .stdio import Stdio, open_stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .._reaper import Core, Slot
     from .readers import Lost, Policy, Watch
+    from .streaming import Streams
     from .terminal import ConsoleSocket
 
 # Seconds between two looks at whether what an ended process wrote has been read: the first, and the longest.
@@ -43,14 +46,17 @@ class Process:
         "stdin",
         "stdin_closed",
         "stdout",
+        "streams",
         "terminal",
         "told",
         "watch",
     )
 
     def __init__(
-        self, slot: Slot, bundle: str, stdin: str, stdout: str, stderr: str, spec: bytes = b"", *, terminal: bool = False
-    ) -> None:
+        self, slot: Slot, bundle: str, stdin: str, stdout: str, stderr: str, spec: bytes = b"", *, terminal: bool = False,
+        streams: Callable[[], Streams] | None = None,
+    ) -> None:  # fmt: skip
+        """streams: as open_stdio has it."""
         self.slot = slot
         self.exec_id = slot.exec_id
         self.bundle = bundle
@@ -63,6 +69,7 @@ class Process:
         self.told = jobs.Event()
         self.watch: Watch | None = None  # on readers that may go
         self.terminal = terminal
+        self.streams = streams
         self.console_socket: ConsoleSocket | None = None  # while the runtime makes the process
         self.size: tuple[int, int] | None = None  # width and height that were asked for before there was a terminal
 
@@ -70,7 +77,7 @@ class Process:
         """For the pool."""
         self.io = open_stdio(
             self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner, terminal=self.terminal,
-            id=self.exec_id or self.slot.container_id, namespace=namespace,
+            id=self.exec_id or self.slot.container_id, namespace=namespace, streams=self.streams,
         )  # fmt: skip
         if self.terminal:
             from .terminal import ConsoleSocket
@@ -163,14 +170,14 @@ class Process:
             pause = min(2 * pause, DRAIN_LONGEST)
 
     async def drained(self, seconds: float) -> None:
-        """Wait until what the process wrote to its terminal, or to a logging binary, has been handed on, at most so long; it has
-        ended.
+        """Wait until what the process wrote to its terminal, to a stream of containerd's or to a logging binary has been handed
+        on, at most so long; it has ended.
 
-        Programs that it has left behind may hold the terminal open for ever: then until nothing is to be read, twice, since the
-        kernel hands a terminal's bytes on by a worker of its own."""
+        Programs that it has left behind may hold the terminal, or a pipe, open for ever: then until nothing is to be read, twice,
+        since the kernel hands a terminal's bytes on by a worker of its own."""
         if self.watch is not None:
             await self.watch.finished.within(seconds)
-        if self.io is None or not (self.terminal or self.io.logger is not None):
+        if self.io is None or not self.io.passes:
             return
         pause, quiet = DRAIN_FIRST, 0
         while seconds > 0 and not self.io.drained():

@@ -21,8 +21,15 @@ from ..errors import InvalidArgument
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Protocol
 
     from .stdio import Stdio, Stream
+
+    class Readers(Protocol):
+        """What tells of who reads a stream."""
+
+        def somebody(self) -> bool: ...
+        def close(self) -> None: ...
 
 BLOCK, DROP, SPILL = "block", "drop", "spill"
 ANNOTATION = "io.shimcore.stdio"  # of one container, in config.json
@@ -153,8 +160,28 @@ def spill_folder(bundle: str) -> str:
     return work if os.path.isdir(work) else bundle
 
 
+class Inotify:
+    """Tells of reads and opens of a FIFO, our own as well."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, read_fd: int) -> None:
+        """Raises OSError."""
+        self._fd = watch_readers(read_fd)
+
+    def somebody(self) -> bool:
+        """Whether it was read or opened since we asked last."""
+        try:
+            return bool(os.read(self._fd, 4096))
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class _Tail:
-    """One FIFO under watch."""
+    """One FIFO, or pipe, under watch."""
 
     __slots__ = ("_policy", "_since", "_watch", "gone", "lost", "pause", "spill", "stream")
 
@@ -165,7 +192,7 @@ class _Tail:
         self.gone = False
         self.pause = min(LOOK, policy.after / 4)  # seconds until it is to be looked at again
         self._policy = policy
-        self._watch = -1  # while it is full
+        self._watch: Readers | None = None  # while it is full
         self._since = 0.0
 
     def look(self) -> bytes:
@@ -178,9 +205,9 @@ class _Tail:
             else:
                 self.pause = min(2 * self.pause, LOOK)
             return b""
-        if self._watch < 0:
+        if self._watch is None:
             try:
-                self._watch = watch_readers(self.stream.read_fd)
+                self._watch = self.stream.watch()
             except OSError as error:  # without it nobody can tell, and nothing may be taken
                 logger.warn("readers of output can't be watched", error=error.strerror)
                 return b""
@@ -197,7 +224,7 @@ class _Tail:
 
     def take(self) -> bytes:
         try:
-            data = os.read(self.stream.read_fd, PIECE)
+            data = self.stream.take(PIECE)
         except BlockingIOError:
             data = b""
         self._somebody()  # that was us
@@ -214,9 +241,9 @@ class _Tail:
         return data
 
     def close(self) -> None:
-        if self._watch >= 0:
-            os.close(self._watch)
-        self._watch = -1
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
 
     def _back(self) -> None:
         if self.gone:
@@ -231,11 +258,7 @@ class _Tail:
         return not ask.poll(0)
 
     def _somebody(self) -> bool:
-        """Whether it was read or opened since we asked last."""
-        try:
-            return self._watch >= 0 and bool(os.read(self._watch, 4096))
-        except BlockingIOError:
-            return False
+        return self._watch is not None and self._watch.somebody()
 
 
 class Watch:

@@ -1,6 +1,7 @@
-"""The bytes of terminals, carried between a console and its FIFOs by one thread for all of a shim's terminals.
+"""The bytes that pass through a shim, carried by one thread: those of terminals, between a console and its FIFOs (Console), and
+those of containerd's streams (streaming).
 
-The thread is made with the first terminal. Nothing is read that has no room: a reader that has stopped makes the console's
+The thread is made with the first of them. Nothing is read that has no room: a reader that has stopped makes the console's
 program wait, as a terminal does, and delays no other. When the last process has closed the terminal, what is left of its output
 is handed on, and then the console has hung up (`over`).
 """
@@ -20,17 +21,40 @@ if TYPE_CHECKING:
 ROOM = 65536  # bytes that are held of each direction
 
 
-class Console:
+class Carried:
+    """What the relay's thread looks after; all of it under the relay's lock."""
+
+    __slots__ = ("_events",)
+
+    def __init__(self) -> None:
+        self._events: dict[int, int] = {}  # fd -> what epoll is asked for
+
+    def wanted(self) -> dict[int, int]:
+        """What to wait for now, by fd."""
+        raise NotImplementedError
+
+    def ready(self, fd: int, events: int) -> None:
+        """What was waited for has come."""
+        raise NotImplementedError
+
+    def give_up(self) -> None:
+        """ready() has raised: it will not be called again."""
+
+    def flush(self) -> None:
+        """Write to an fd that epoll has no use for: a file, which takes all at once."""
+
+
+class Console(Carried):
     """One terminal under way. master: the console's fd, which this owns. input, output: fds or -1; the caller's, and open until
     `over` is true or close() has returned."""
 
-    __slots__ = ("_events", "_from", "_out", "_relay", "closed", "input", "lost", "master", "output", "over")
+    __slots__ = ("_from", "_out", "_relay", "closed", "input", "lost", "master", "output", "over")
 
     def __init__(self, relay: Relay, master: int, input: int, output: int) -> None:
+        super().__init__()
         self._relay = relay
         self._from = b""  # on its way to the program
         self._out = b""  # on its way to the reader
-        self._events: dict[int, int] = {}  # fd -> what epoll is asked for
         self.master = master
         self.input = input
         self.output = output
@@ -48,7 +72,7 @@ class Console:
     @classmethod
     def restore(cls, saved: dict[str, Any]) -> Console:
         """What save() has returned; for carry_on()."""
-        console = cls(_the_relay(), saved["master"], saved["input"], saved["output"])
+        console = cls(the_relay(), saved["master"], saved["input"], saved["output"])
         console._from, console._out = saved["from"], saved["out"]
         console.lost, console.over = saved["lost"], saved["over"]
         return console
@@ -96,6 +120,9 @@ class Console:
     def flush(self) -> None:
         while self._out:
             self._hand_on()
+
+    def give_up(self) -> None:
+        self.over, self._out = True, b""
 
     def _hand_on(self) -> None:
         """Write what there is for the reader. What can never be written is given up, counted, and logged once."""
@@ -164,12 +191,12 @@ def set_size(master: int, width: int, height: int) -> None:
 
 
 class Relay:
-    """The thread, its epoll, and the consoles that it carries."""
+    """The thread, its epoll, and what it carries."""
 
     def __init__(self) -> None:
         self.lock = allocate_lock()
         self._epoll = epoll()
-        self._owner: dict[int, Console] = {}
+        self._owner: dict[int, Carried] = {}
         self._running = False
 
     def add(self, master: int, input: int, output: int) -> Console:
@@ -183,24 +210,22 @@ class Relay:
 
     def begin(self, console: Console) -> None:
         with self.lock:
-            self._arm(console)
-            start, self._running = not self._running, True
-        if start:
-            start_new_thread(self._run, ())
+            self.arm(console)
 
     def close(self, console: Console) -> None:
         with self.lock:
             if console.closed:
                 return
             console.closed = True
-            self._disarm(console)
+            self.disarm(console)
             os.close(console.master)
             if console.lost:
                 logger.error("output of a terminal was lost", bytes=console.lost)
 
-    def _arm(self, console: Console) -> None:
-        want = console.wanted()
-        have = console._events
+    def arm(self, carried: Carried) -> None:
+        """Wait for what it wants now. Under the lock."""
+        want = carried.wanted()
+        have = carried._events
         for fd in [fd for fd in have if fd not in want]:
             del have[fd], self._owner[fd]
             self._epoll.unregister(fd)
@@ -209,45 +234,45 @@ class Relay:
                 try:
                     self._epoll.register(fd, events)
                 except PermissionError:  # a file, which takes all at once
-                    console.flush()
+                    carried.flush()
                     continue
-                self._owner[fd] = console
+                self._owner[fd] = carried
             elif have[fd] != events:
                 self._epoll.modify(fd, events)
             have[fd] = events
+        if not self._running:
+            self._running = True
+            start_new_thread(self._run, ())
 
-    def _disarm(self, console: Console) -> None:
-        for fd in console._events:
+    def disarm(self, carried: Carried) -> None:
+        """Wait for nothing of it any more; before its fds are closed. Under the lock."""
+        for fd in carried._events:
             del self._owner[fd]
             self._epoll.unregister(fd)
-        console._events.clear()
+        carried._events.clear()
 
     def _run(self) -> None:
         while True:
             for fd, events in self._epoll.poll():
                 with self.lock:
-                    console = self._owner.get(fd)
-                    if console is None:  # closed since
+                    carried = self._owner.get(fd)
+                    if carried is None:  # closed since
                         continue
                     try:
-                        console.ready(fd, events)
-                        self._arm(console)
-                    except Exception as error:  # one console's trouble is not the others'
-                        logger.error("a terminal is given up", error=repr(error))
-                        self._disarm(console)
-                        console.over, console._out = True, b""
+                        carried.ready(fd, events)
+                        self.arm(carried)
+                    except Exception as error:  # one's trouble is not the others'
+                        logger.error("a process's input or output is given up", error=repr(error))
+                        self.disarm(carried)
+                        carried.give_up()
 
 
 _relay: Relay | None = None
 _relay_lock = allocate_lock()
 
 
-def carry(master: int, input: int, output: int) -> Console:
-    """Carry a console's bytes by this process's relay. See Relay.add."""
-    return _the_relay().add(master, input, output)
-
-
-def _the_relay() -> Relay:
+def the_relay() -> Relay:
+    """This process's."""
     global _relay
     with _relay_lock:
         if _relay is None:
@@ -255,9 +280,14 @@ def _the_relay() -> Relay:
     return _relay
 
 
+def carry(master: int, input: int, output: int) -> Console:
+    """Carry a console's bytes by this process's relay. See Relay.add."""
+    return the_relay().add(master, input, output)
+
+
 def hold(on: bool) -> None:
     """Keep every terminal's bytes where they are, or let them go on."""
-    lock = _the_relay().lock
+    lock = the_relay().lock
     if on:
         lock.acquire()
     elif lock.locked():
@@ -267,4 +297,4 @@ def hold(on: bool) -> None:
 def carry_on(consoles: list[Console]) -> None:
     """Carry these, which restore() has made."""
     for console in consoles:
-        _the_relay().begin(console)
+        the_relay().begin(console)

@@ -8,6 +8,8 @@ exit is published here: the core does that, and calls on_exit when it has.
 
 from __future__ import annotations
 
+from _thread import allocate_lock
+
 from .. import jobs, state
 from .._reaper import DROPPED, RESERVED, RUNNING, TOLD
 from ..errors import Canceled, FailedPrecondition, InvalidArgument, NotFound, ShimError
@@ -21,6 +23,7 @@ from .sandbox import Sandbox
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from typing import Any
 
     from google.protobuf.empty_pb2 import Empty
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from .._ttrpc import Context
     from ..protos import events_pb2, task_pb2
     from ..publisher import RemotePublisher
+    from .streaming import Message, Streams
 else:
     from ..protos.lazy import events_pb2, task_pb2
 
@@ -48,6 +52,21 @@ class RuncTask(Restore):
         super().__init__(publisher, exit)
         self.sandbox = Sandbox(self.core, exit, self.let_go)
         self._restored = False
+        self._streams: Streams | None = None
+        self._streams_lock = allocate_lock()
+
+    def the_streams(self) -> Streams:
+        """containerd's streams for stdio, whose module is imported with the first of them. On any thread."""
+        with self._streams_lock:
+            if self._streams is None:
+                from .streaming import Streams
+
+                self._streams = Streams(self.core)
+            return self._streams
+
+    def stream(self, requests: object, context: Context) -> AsyncIterator[Message]:
+        """containerd.services.streaming.v1.Streaming/Stream."""
+        return self.the_streams().stream(requests, context)
 
     def holds(self) -> bool:
         return self.sandbox.running
@@ -110,10 +129,13 @@ class RuncTask(Restore):
             raise InvalidArgument(f"bundle {request.bundle!r} is not an absolute path")
         if request.checkpoint and not request.checkpoint.startswith("/"):
             raise InvalidArgument(f"checkpoint {request.checkpoint!r} is not an absolute path")
-        stdio.check(request.stdin, request.stdout, request.stderr)
+        stdio.check(request.stdin, request.stdout, request.stderr, self.the_streams)
         constant = _constant_state(request, request.bundle)
         slot = self.core.reserve(request.id, "", constant) if request.checkpoint else self.core.open(request.id, constant)
-        init = Process(slot, request.bundle, request.stdin, request.stdout, request.stderr, terminal=request.terminal)
+        init = Process(
+            slot, request.bundle, request.stdin, request.stdout, request.stderr, terminal=request.terminal,
+            streams=self.the_streams,
+        )  # fmt: skip
         container = Container(request.id, self.namespace, request.bundle, init, self.lost)
         slot.cookie = init
         self.containers[request.id] = container
@@ -248,13 +270,14 @@ class RuncTask(Restore):
     async def exec(self, request: task_pb2.ExecProcessRequest, context: Context) -> Empty:
         container = self.container(request.id)
         check_id(request.exec_id, "exec id")
-        stdio.check(request.stdin, request.stdout, request.stderr)
+        stdio.check(request.stdin, request.stdout, request.stderr, self.the_streams)
         self.check(container, state.ADD_EXEC)
         spec = exec_spec(request.spec.value, request.terminal)
         slot = self.core.reserve(request.id, request.exec_id, _constant_state(request, container.bundle))
         process = Process(
-            slot, container.bundle, request.stdin, request.stdout, request.stderr, spec, terminal=request.terminal
-        )
+            slot, container.bundle, request.stdin, request.stdout, request.stderr, spec, terminal=request.terminal,
+            streams=self.the_streams,
+        )  # fmt: skip
         slot.cookie = process
         container.execs[request.exec_id] = process
         event = events_pb2.TaskExecAdded(container_id=container.id, exec_id=request.exec_id)

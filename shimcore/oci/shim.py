@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # A container with one of these joins the shim of its group; the first that is there counts.
 GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 
+STREAMING = "containerd.services.streaming.v1.Streaming"
+
 POD_FILES = "pod"  # what the Sandbox service makes in a sandbox's bundle, with a mount in it
 
 SIGKILL = 9
@@ -36,6 +38,12 @@ KILLED_STATUS = 128 + SIGKILL
 INIT_DEATH_TIMEOUT = 1.0
 RUNTIME_TIMEOUT = 3.0
 KILL_TIMEOUT = 0.5
+
+
+class _Unread:
+    """In the place of the class of Stream's messages, which its handler parses itself."""
+
+    FromString = bytes
 
 
 def grouping(spec: dict[str, Any], id: str) -> str:
@@ -95,9 +103,12 @@ class RuncShim(Shim):
     def register_services(self, server: Server, publisher: RemotePublisher) -> None:
         if self._task is None:
             return  # a derived shim with another service of its own: there are no pods in it
+        from .._ttrpc import CLIENT_STREAM, COROUTINE, SERVER_STREAM
         from .sandbox import register
 
         register(server, self._task.sandbox)
+        stream = (COROUTINE, self._task.stream, _Unread, CLIENT_STREAM | SERVER_STREAM)
+        server.add_service(STREAMING, {"Stream": stream})
 
     def delete_shim(self) -> DeleteResult:
         """Clear away what a container has left, whether its shim is alive, dead, or has done all this

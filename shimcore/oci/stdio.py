@@ -1,4 +1,5 @@
-"""stdin, stdout and stderr of a process, handed to it directly: no byte passes through the shim, but for a terminal's (relay).
+"""stdin, stdout and stderr of a process, handed to it directly: no byte passes through the shim, but for a terminal's (relay) and
+those of containerd's streams (streaming).
 
 FIFOs (a plain path, or fifo://). Of stdout and stderr we open the read end first, then the write end, so that
 neither open waits for containerd; both are ours while the process lives. So its writes never meet a FIFO
@@ -27,21 +28,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .binlog import Logger
+    from .readers import Readers
     from .relay import Console
+    from .streaming import InputStream, Streams
 
 FIONREAD = 0x541B  # termios.FIONREAD, without termios
+SCHEME = "ttrpc+unix"  # of containerd's streams
 _NULL = "/dev/null"
 _NULL_DEVICE = os.makedev(1, 3)
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """(scheme, path) of what a client names: "", "fifo", "file" or "binary". Raises InvalidArgument."""
+    """(scheme, path) of what a client names: "", "fifo", "file", and with the URI as path "binary" and SCHEME. Raises
+    InvalidArgument."""
     if not uri:
         return "", ""
     scheme, separator, path = uri.partition("://")
     if not separator:
         scheme, path = "fifo", uri
-    if scheme == "binary":
+    if scheme in ("binary", SCHEME):
         return scheme, uri
     if scheme not in ("fifo", "file"):
         raise InvalidArgument(f"unknown scheme of stdio {uri!r}")
@@ -51,8 +56,12 @@ def _split(uri: str) -> tuple[str, str]:
     return scheme, path
 
 
-def check(stdin: str, stdout: str, stderr: str) -> None:
-    """Refuse what we can't do before anything is made. Raises InvalidArgument."""
+def check(stdin: str, stdout: str, stderr: str, streams: Callable[[], Streams] | None = None) -> None:
+    """Refuse what we can't do before anything is made. streams: gives the shim's streams; None: it has none. Raises
+    InvalidArgument."""
+    for uri in (stdin, stdout, stderr):
+        if _split(uri)[0] == SCHEME:
+            _streams(streams, uri).check(uri)
     if _split(stdin)[0] in ("file", "binary"):
         raise InvalidArgument(f"stdin can't be a {_split(stdin)[0]}:// URI")
     if _split(stderr)[0] == "binary" != _split(stdout)[0]:
@@ -63,10 +72,25 @@ def check(stdin: str, stdout: str, stderr: str) -> None:
         parse(stdout)
 
 
+def unread_bytes(fd: int) -> int:
+    """What is in a pipe."""
+    from fcntl import ioctl
+
+    return int.from_bytes(ioctl(fd, FIONREAD, b"\0\0\0\0"), "little")
+
+
+def _streams(streams: Callable[[], Streams] | None, uri: str) -> Streams:
+    if streams is None:
+        raise InvalidArgument(f"this shim serves no streams: {uri!r}")
+    return streams()
+
+
 class Stream:
     """One FIFO of output: our read end, and our write end, which the process has too. name: stdout or stderr."""
 
     __slots__ = ("name", "read_fd", "write_fd")
+
+    carried = False  # by the relay, to a client of ours
 
     def __init__(self, name: str, read_fd: int, write_fd: int) -> None:
         self.name = name
@@ -74,16 +98,44 @@ class Stream:
         self.write_fd = write_fd
 
     def unread(self) -> bool:
-        from fcntl import ioctl
+        return unread_bytes(self.read_fd) > 0
 
-        count = ioctl(self.read_fd, FIONREAD, b"\0\0\0\0")
-        return any(count)
+    def process_ended(self) -> bool:
+        """Close our write end if it can be; whether it was."""
+        if self.unread():
+            return False
+        fd, self.write_fd = self.write_fd, -1
+        os.close(fd)
+        return True
+
+    def drained(self) -> bool:
+        """Whether Delete need not wait for a reader."""
+        return True
+
+    def quiet(self) -> bool:
+        """The same, but more may come."""
+        return True
+
+    def watch(self) -> Readers:
+        """Tells of who reads. Raises OSError."""
+        from .readers import Inotify
+
+        return Inotify(self.read_fd)
+
+    def take(self, size: int) -> bytes:
+        """The oldest bytes, in the place of a reader. Raises BlockingIOError."""
+        return os.read(self.read_fd, size)
+
+    def close(self) -> None:
+        if self.write_fd >= 0:
+            os.close(self.write_fd)
+        os.close(self.read_fd)
 
 
 class Stdio:
     """The open ends for one process. Made by open_stdio on the pool, then owned by the RPC thread."""
 
-    __slots__ = ("_child", "_closed", "_console", "_input", "_output", "_stdin_hold", "logger", "streams")
+    __slots__ = ("_child", "_closed", "_console", "_input", "_output", "_stdin", "_stdin_hold", "logger", "streams")
 
     def __init__(self) -> None:
         self._child: dict[int, int] = {}  # the child's fd -> ours
@@ -93,6 +145,7 @@ class Stdio:
         self._console: Console | None = None
         self.streams: list[Stream] = []
         self._stdin_hold = -1
+        self._stdin: InputStream | None = None
         self.logger: Logger | None = None
         self._closed = False
 
@@ -123,14 +176,28 @@ class Stdio:
         self._console.resize(width, height)
         return True
 
+    @property
+    def streamed(self) -> bool:
+        """Whether some of it is a stream of containerd's."""
+        return self._stdin is not None or any(stream.carried for stream in self.streams)
+
+    @property
+    def passes(self) -> bool:
+        """Whether there is a logging binary, or output that goes through the shim."""
+        return self.logger is not None or self._console is not None or any(stream.carried for stream in self.streams)
+
     def drained(self) -> bool:
-        """Whether all that was written to the terminal is in the client's FIFO or file, and nobody can write more; and whether a
-        logging binary has ended."""
-        return (self._console is None or self._console.drained) and (self.logger is None or self.logger.ended())
+        """Whether all that was written to the terminal is in the client's FIFO or file, or on its way to a client that streams,
+        and nobody can write more; and whether a logging binary has ended."""
+        if self._console is not None and not self._console.drained:
+            return False
+        return (self.logger is None or self.logger.ended()) and all(stream.drained() for stream in self.streams)
 
     def quiet(self) -> bool:
-        """The same, but some program may still have the terminal."""
-        return (self._console is None or self._console.quiet()) and (self.logger is None or self.logger.ended())
+        """The same, but some program may still have the terminal, or the other end of a pipe."""
+        if self._console is not None and not self._console.quiet():
+            return False
+        return (self.logger is None or self.logger.ended()) and all(stream.quiet() for stream in self.streams)
 
     def close_stdin(self) -> None:
         """CloseIO: the process reads to the end of what was written and then sees the end of the file.
@@ -138,11 +205,13 @@ class Stdio:
         fd, self._stdin_hold = self._stdin_hold, -1
         if fd >= 0:
             os.close(fd)
+        if self._stdin is not None:
+            self._stdin.close_soon()
 
     def process_ended(self) -> bool:
         """Close our write end of each stream that has been read up; whether none is left. Call it again while
         there are."""
-        self.close_stdin()
+        self._end_stdin()
         if self._console is not None and not self._console.drained:
             return False
         if self.logger is not None and self._output >= 0:  # of a terminal: now the logger sees the end
@@ -152,14 +221,18 @@ class Stdio:
         for stream in self.streams:
             if stream.write_fd < 0:
                 continue
-            if stream.unread():
+            fd = stream.write_fd
+            if not stream.process_ended():
                 left = True
-            else:
-                fd, stream.write_fd = stream.write_fd, -1
-                if fd == self._output:
-                    self._output = -1
-                os.close(fd)
+            elif fd == self._output:
+                self._output = -1
         return not left
+
+    def _end_stdin(self) -> None:
+        if self._stdin is not None:
+            self._stdin.close()
+            self._stdin = None
+        self.close_stdin()
 
     def close(self) -> None:
         """Delete, or the way back from a failed Create or Start. Idempotent."""
@@ -167,7 +240,7 @@ class Stdio:
             return
         self._closed = True
         self.started()
-        self.close_stdin()
+        self._end_stdin()
         if self._console is not None:
             self._console.close()
         owned = [stream.write_fd for stream in self.streams]
@@ -176,9 +249,7 @@ class Stdio:
                 os.close(fd)
         self._input = self._output = -1
         for stream in self.streams:
-            if stream.write_fd >= 0:
-                os.close(stream.write_fd)
-            os.close(stream.read_fd)
+            stream.close()
         self.streams = []
         if self.logger is not None:
             self.logger.close()
@@ -226,6 +297,18 @@ class Stdio:
             self._child[0] = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
 
         _through_path(path, as_fifo, as_file)
+
+    def _open_input_stream(self, streams: Callable[[], Streams] | None, uri: str, hold: bool) -> None:
+        self._child[0], self._stdin = _streams(streams, uri).open_input(uri)
+        if not hold:
+            self._stdin.close_soon()
+
+    def _open_output_stream(
+        self, streams: Callable[[], Streams] | None, number: int, uri: str, owner: tuple[int, int]
+    ) -> None:
+        stream = _streams(streams, uri).open_output(uri, "stdout" if number == 1 else "stderr", owner)
+        self.streams.append(stream)
+        self._child[number] = stream.write_fd
 
     def _open_logger(self, uri: str, id: str, namespace: str) -> None:
         from .binlog import Logger
@@ -294,16 +377,20 @@ def open_stdio(
     terminal: bool = False,
     id: str = "",
     namespace: str = "",
+    streams: Callable[[], Streams] | None = None,
 ) -> Stdio:
     """Open everything for one process; for the pool.
 
     terminal: they are for a terminal, which attach() brings; stderr is not used then. hold_stdin: False when CloseIO came
     before the process. owner: uid and gid of the FIFOs of output (io_uid, io_gid). id, namespace: what a logging binary is told.
-    Raises InvalidArgument, OSError, and what Logger raises; nothing is left open then."""
+    streams: gives the shim's streams; not called unless there is a URI of one. Raises InvalidArgument, OSError, what Logger and
+    Streams raise; nothing is left open then."""
     io = Stdio()
     try:
         scheme, path = _split(stdin)
-        if scheme:
+        if scheme == SCHEME:
+            io._open_input_stream(streams, path, hold_stdin)
+        elif scheme:
             io._open_input(path, hold_stdin)
         else:
             io._open_null(0)
@@ -315,6 +402,8 @@ def open_stdio(
                     io._open_null(2)
             elif scheme == "binary":
                 io._open_logger(uri, id, namespace)
+            elif scheme == SCHEME:
+                io._open_output_stream(streams, number, uri, owner)
             elif scheme:
                 io._open_output(number, scheme, path, owner)
             else:
