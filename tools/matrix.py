@@ -16,9 +16,10 @@ from pathlib import Path
 
 from gobuild import BUILD, CRICTL, ROOT, build, crictl
 
-# What the parameter of a test says: whose shim, and whether the shim is the pod's sandbox.
+# What the parameter of a test says: whose shim, whether the shim is the pod's sandbox, and whether stdio are streams, too.
 SIDES = ("stock", "ours")
 SANDBOX = ("ours-sandbox",)
+STREAMING = ("ours-streaming",)
 
 # version, and test -> side -> "passed", "failed" or "skipped"
 Column = tuple[str, dict[str, dict[str, str]]]
@@ -36,7 +37,7 @@ def run(binaries: Path | None, tests: str) -> Column:
     found: dict[str, dict[str, str]] = {}
     for case in xml.parse(report).iter("testcase"):
         name, _, side = case.get("name", "").rstrip("]").partition("[")
-        if side not in SIDES + SANDBOX:
+        if side not in SIDES + SANDBOX + STREAMING:
             continue
         kinds = {child.tag for child in case}
         result = "failed" if kinds & {"failure", "error"} else "–" if "skipped" in kinds else "passed"
@@ -67,13 +68,14 @@ def main() -> int:
     plain = table(columns, [name for name in names if name not in pods], SIDES)
     cri = table(columns, pods, SIDES, "test_cri_")
     sandbox = table(newer, pods, SANDBOX, "test_cri_")
+    streaming = table(newer, pods, STREAMING, "test_cri_")
     if only_cri:
-        print(cri, "\nThe shim as the sandbox:\n", sandbox, sep="\n")
+        print(cri, "\nThe shim as the sandbox:\n", sandbox, "\nStreams for stdio:\n", streaming, sep="\n")
     else:
-        text = PAGE.format(plain=plain, cri=cri, sandbox=sandbox, crictl=CRICTL)
+        text = PAGE.format(plain=plain, cri=cri, sandbox=sandbox, streaming=streaming, crictl=CRICTL)
         (ROOT / "docs" / "matrix.md").write_text(text)
         print(text)
-    ours = [results.get(side) for _, found in columns for results in found.values() for side in ("ours", *SANDBOX)]
+    ours = [results.get(side) for _, found in columns for results in found.values() for side in ("ours", *SANDBOX, *STREAMING)]
     return int("failed" in ours)
 
 
@@ -96,6 +98,13 @@ machine's cgroups are version 1 with a version 2 mount beside it.
 With `sandboxer = "shim"` of containerd 2: the pod is made through the shim's Sandbox service, and has no pause container.
 
 {sandbox}
+
+## Streams for stdio
+
+The same with `io_type = "streaming"`: stdin, stdout and stderr of containers and execs come over the shim's Streaming service
+([stdio.md](stdio.md)).
+
+{streaming}
 """
 
 if __name__ == "__main__":

@@ -76,19 +76,19 @@ def _content(raw: bytes) -> tuple[str, dict[int, int | bytes]]:
 class Call(Op):
     """One call of Stream. Awaited on the RPC thread, until there is a message or it is to end."""
 
-    __slots__ = ("_task", "acked", "context", "core", "half_closed", "over")
+    __slots__ = ("_task", "acked", "context", "core", "joined", "over")
 
     def __init__(self, core: Core, context: Context) -> None:
         self.core = core
         self.context = context
         self._task: Task | None = None
         self.acked = False  # the client has been told that it can go on
-        self.half_closed = False
+        self.joined = True  # there is who takes its messages; else they wait
         self.over = False
 
     def begin(self, task: Task) -> bool:
         self._task = task
-        if self.over or (not self.half_closed and self.context.want(READABLE, self._resume)):
+        if self.over or (self.joined and self.context.want(READABLE, self._resume)):
             self._task = None
             return True
         return False
@@ -99,16 +99,17 @@ class Call(Op):
             task.step()
 
     async def next(self) -> bytes:
-        """The client's next message; b"" when the call is over or the client has half-closed. Raises Canceled."""
+        """The client's next message; b"" when the call is over, or the client has half-closed. Raises Canceled."""
         while not self.over:
-            raw = self.context.receive(False)
-            if isinstance(raw, bytes):
-                return raw
-            if raw is None:
-                self.half_closed = True
-                break
+            raw = self.context.receive(False) if self.joined else False
+            if raw is not False:
+                return raw or b""
             await self
         return b""
+
+    def join(self) -> None:
+        self.joined = True
+        self.core.post(self._resume)
 
     def finish(self) -> None:
         """Answer it, behind what has been sent. On any thread."""
@@ -515,8 +516,7 @@ class Streams:
 
     def _join(self, pump: Pump, call: Call) -> None:
         pump.attach(call)
-        if call.half_closed:
-            pump.half_closed()
+        call.join()
 
     # --- the client's side, on the RPC thread
 
@@ -533,6 +533,7 @@ class Streams:
             if end.call is not None:
                 end.call.finish()
             end.call = call
+        call.joined = False
         context.on_cancel(call.finish)
         try:
             yield ACK
@@ -545,13 +546,10 @@ class Streams:
                 with self._lock:
                     if end.pump is not None and end.call is call:
                         end.pump.message(kind, fields)
-            if call.half_closed and not call.over:
+            if not call.over:
                 with self._lock:
                     if end.pump is not None and end.call is call:
                         end.pump.half_closed()
-                        return
-                while not call.over:
-                    await call
         finally:
             self._leave(id, end, call)
 

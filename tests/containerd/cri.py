@@ -24,12 +24,13 @@ REPO = Path(__file__).resolve().parents[2]
 PAUSE, IMAGE = "localhost/pause:1", "localhost/busybox:1"
 SUBNET = "10.88.44"
 
-# handler -> (runtime type, sandboxer)
-HANDLERS = {
-    "stock": ("io.containerd.runc.v2", ""),
-    "ours": ("io.containerd.runc.v2-py", ""),
-    "stock-sandbox": ("io.containerd.runc.v2", "shim"),
-    "ours-sandbox": ("io.containerd.runc.v2-py", "shim"),
+# handler -> (runtime type, and what stands with it from containerd 2 on)
+HANDLERS: dict[str, tuple[str, dict[str, str]]] = {
+    "stock": ("io.containerd.runc.v2", {}),
+    "ours": ("io.containerd.runc.v2-py", {}),
+    "stock-sandbox": ("io.containerd.runc.v2", {"sandboxer": "shim"}),
+    "ours-sandbox": ("io.containerd.runc.v2-py", {"sandboxer": "shim"}),
+    "ours-streaming": ("io.containerd.runc.v2-py", {"sandboxer": "shim", "io_type": "streaming"}),
 }
 
 # version 2 is containerd 1.6's and 1.7's.
@@ -89,12 +90,11 @@ def config(root: Path, version: tuple[int, int]) -> str:
     text = (HEAD + (CRI_3 if newer else CRI_2)).format(root=root, pause=PAUSE, cni=CNI, version=3 if newer else 2)
     # As a user's file is made of it: what stands in deploy/, without its version.
     text += "".join((REPO / f"deploy/containerd-v{3 if newer else 2}.toml").read_text().splitlines(keepends=True)[3:])
-    for name, (runtime, sandboxer) in HANDLERS.items():
-        if sandboxer and not newer:
+    for name, (runtime, settings) in HANDLERS.items():
+        if settings and not newer:
             continue
         text += f'[plugins."{plugin}".containerd.runtimes.{name}]\n  runtime_type = "{runtime}"\n'
-        if sandboxer:
-            text += f'  sandboxer = "{sandboxer}"\n'
+        text += "".join(f'  {key} = "{value}"\n' for key, value in settings.items())
     return text
 
 

@@ -16,6 +16,9 @@ from tests.containerd.conftest import TRAPPED
 from tests.containerd.cri import CNI, SUBNET, Cri, Pod, containerd_version, crictl_path
 from tests.containerd.daemon import alive, wait_for
 
+# Handlers by which the shim is the pod's sandbox; the latter's stdio are streams.
+BY_SHIM = ("ours-sandbox", "ours-streaming")
+
 NewPod = Callable[..., Pod]
 
 
@@ -32,10 +35,10 @@ def cri(session_root: Path, namespace: str, rootfs: Path, shim_dir: Path) -> Ite
         daemon.stop()
 
 
-@pytest.fixture(params=["stock", "ours", "ours-sandbox"])
+@pytest.fixture(params=["stock", "ours", "ours-sandbox", "ours-streaming"])
 def handler(request: pytest.FixtureRequest) -> str:
-    if request.param.endswith("sandbox") and containerd_version() < (2, 0):
-        pytest.skip("sandboxes by the shim came with containerd 2.0")
+    if request.param in BY_SHIM and containerd_version() < (2, 0):
+        pytest.skip("sandboxes by the shim, and streams, came with containerd 2.0")
     return str(request.param)
 
 
@@ -46,7 +49,7 @@ def new_pod(cri: Cri, handler: str, leak_guard: Guard, request: pytest.FixtureRe
     pods: list[Pod] = []
 
     def make(**options: object) -> Pod:
-        if handler.endswith("sandbox") and not options.get("network") and cri.version < (2, 3):
+        if handler in BY_SHIM and not options.get("network") and cri.version < (2, 3):
             pytest.skip("containerd before 2.3 crashes as it makes a sandbox by the shim in the node's network")
         pods.append(Pod(cri, handler, f"p{uuid.uuid4().hex[:8]}", **options))  # type: ignore[arg-type]
         return pods[-1]
