@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from shimcore.cli.nodes import NoAnswer
 from shimcore.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
 from shimcore.oci.shim import STREAMING
 from shimcore.oci.stdio import check
@@ -25,6 +26,7 @@ from shimcore.protos import anys, streaming_pb2, task_pb2, transfer_pb2
 from shimcore.rig import Rig, Session, bundle
 from shimcore.ttrpc import Client
 from tests.faults import until
+from tests.upgrades import upgrade
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 65536
@@ -544,6 +546,30 @@ def test_nothing_is_left_of_streams(rig: Rig) -> None:
         for peer in peers:
             peer.close(half=False)
     until(lambda: fds(box.session.shim_pid) <= before, what="fds are left")
+    box.session.task.kill(signal.SIGKILL)
+    box.session.wait()
+    box.session.delete()
+
+
+# red: an exec that is there already knows no streams after an upgrade
+def test_an_upgrade_waits_for_the_end_of_streams(rig: Rig) -> None:
+    box = Streamed(rig, "sleep 1000")
+    box.session.task.create(str(box.session.bundle.path), options=rig.options)
+    box.session.start()
+    box.exec("e1", "echo one")
+    box.exec("e2", "echo two")
+    box.session.task.start("e1")
+    with pytest.raises(NoAnswer, match="streams"):
+        upgrade(box.session)
+    assert box.peer("stdout", "e1").read_all() == b"one\n"
+    box.session.task.wait("e1")
+    box.session.task.delete("e1")
+    upgrade(box.session)
+    out = box.peer("stdout", "e2")
+    box.session.task.start("e2")
+    assert out.read_all() == b"two\n"
+    box.session.task.wait("e2")
+    box.session.task.delete("e2")
     box.session.task.kill(signal.SIGKILL)
     box.session.wait()
     box.session.delete()
