@@ -71,7 +71,7 @@ def make_threads(count: int) -> None:
 
 
 def _widen() -> None:
-    """Room for as many fds as a shim has, as a rule: where threads share the table, the kernel takes milliseconds to enlarge it."""
+    """Room for a shim's fds: a table that threads share already takes the kernel milliseconds to enlarge."""
     from fcntl import F_DUPFD_CLOEXEC, fcntl
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks.exit_latency.place import CFLAGS, ROOT, SOURCES, Program
 from shimcore.rig.templates import end_templates
 
 BUILD = ROOT / "build" / "bench-start"
+NOTHING, LAUNCHER, PYTHON = "a program that does nothing", "the launcher, answered at once", "the interpreter, with nothing to do"
 
 
 def program(name: str) -> str:
@@ -43,14 +45,16 @@ class Timer:
         return int(ns) / 1e6
 
     def run(self, *arguments: str, env: dict[str, str]) -> float:
-        subprocess.run([self.binary, *arguments], env={**env, **self.env}, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+        command = [self.binary, *arguments]
+        subprocess.run(command, env={**env, **self.env}, check=True, capture_output=True, stdin=subprocess.DEVNULL)
         return self.last(arguments[-1])
 
 
 def floors(shim: str, rounds: int) -> dict[str, list[float]]:
-    """Of a program that does nothing, and of our launcher with a template in C that answers at once, alternating."""
+    """Of a program that does nothing, of our launcher with a template in C that answers at once, and of the interpreter with
+    nothing to do, as the plain way runs it; alternating."""
     with tempfile.TemporaryDirectory() as folder:
-        nothing, launcher = Timer("true", folder), Timer(shim, folder)
+        nothing, launcher, python = Timer("true", folder), Timer(shim, folder), Timer(sys.executable, folder)
         directory = Path(folder, "t")
         directory.mkdir(mode=0o700)
         env = {**os.environ, "SHIMCORE_TEMPLATE": "1", "SHIMCORE_TEMPLATE_DIR": str(directory)}
@@ -60,10 +64,11 @@ def floors(shim: str, rounds: int) -> dict[str, list[float]]:
         end_templates(str(directory))
         answer = Program([program("answer"), str(sockets[0])])
         try:
-            found: dict[str, list[float]] = {"a program that does nothing": [], "the launcher, answered at once": []}
+            found: dict[str, list[float]] = {NOTHING: [], LAUNCHER: [], PYTHON: []}
             for _ in range(rounds):
-                found["a program that does nothing"].append(nothing.run("start", env=dict(os.environ)))
-                found["the launcher, answered at once"].append(launcher.run("start", env=env))
+                found[NOTHING].append(nothing.run("start", env=dict(os.environ)))
+                found[LAUNCHER].append(launcher.run("start", env=env))
+                found[PYTHON].append(python.run("-IS", "-c", "pass", env=dict(os.environ)))
             return found
         finally:
             answer.child.kill()
