@@ -319,12 +319,28 @@ def test_a_runtime_that_is_not_there(rig: Rig) -> None:
     gone(rig)
 
 
-def test_a_create_whose_caller_has_gone_is_taken_back(rig: Rig) -> None:
+def test_a_create_whose_caller_has_gone_meanwhile_is_taken_back(rig: Rig) -> None:
     rig.do("delete", 'kill -9 $(cat "$here/c1/init.pid"); rmdir "$root/$id"; exit 0')
+    context = Context()
+    rig.do("create", 'touch "$here/began"; while [ ! -e "$here/go" ]; do sleep 0.01; done')
+    made = rig.begin(rig.creating(context=context))
+    wait_for((rig.path / "began").exists)
+    context.cancelled = True
+    (rig.path / "go").touch()
+    with pytest.raises(Canceled):
+        raise made.get(timeout=20)[1] or AssertionError
+    gone(rig)
+    assert rig.calls() == ["create c1", "delete c1"]
+
+
+def test_a_create_whose_caller_has_gone_is_not_begun(rig: Rig) -> None:
+    """It may be clearing the bundle away: nothing is written, mounted or made."""
+    bundle = rig.bundle("c1")
+    before = sorted(bundle.iterdir())
     with pytest.raises(Canceled):
         rig.create(context=Context(cancelled=True))
     gone(rig)
-    assert rig.calls() == ["create c1", "delete c1"]
+    assert rig.calls() == [] and sorted(bundle.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,30 @@ static void answer_unknown(sc_call *k, int r, const char *id, const char *exec_i
     sc_call_reply(k, r == -ENOENT ? SC_NOT_FOUND : SC_INTERNAL, text, (size_t)n, NULL, 0, true);
 }
 
-static void answer_native(sc_server *s, sc_call *k, int native)
+/* Among the calls that are kept for Python may be the Create, or the Exec, of what this one asks about: who has given that up and
+ * asks now would be told that there is none, and clear away what is made a moment later. */
+static bool must_queue(sc_server *s, const char *id, const char *exec_id)
+{
+    if (!s->standin.acting || !s->standin.ready)
+        return false;
+    sc_slot *slot = sc_slot_find(s->core, id, exec_id);
+    if (slot)
+        sc_slot_unref(slot);
+    return !slot;
+}
+
+void sc_call_native(sc_server *s, sc_call *k, int native)
 {
     char id[1024], exec_id[1024];
     if (!read_ids(k->payload, id, exec_id, sizeof id)) {
         static const char text[] = "request can't be parsed";
         sc_call_reply(k, SC_INTERNAL, text, sizeof text - 1, NULL, 0, true);
+        return;
+    }
+    if (native != SC_NATIVE_CONNECT && must_queue(s, id, exec_id)) {
+        k->native = (uint8_t)native;
+        sc_call_ref(k);
+        sc_standin_hold(s, k);
         return;
     }
     int r = 0;
@@ -279,7 +297,7 @@ void sc_server_request(sc_server *s, sc_conn *c, const sc_header *h, const uint8
         answer_named(k, SC_UNIMPLEMENTED, service ? "method" : "service", service ? q.method : q.service);
         sc_call_unref(k);
     } else if (r->kind && r->kind < SC_STREAM_CLIENT) {
-        answer_native(s, k, r->kind);
+        sc_call_native(s, k, r->kind);
         sc_call_unref(k);
     } else {
         k->method = r->index;

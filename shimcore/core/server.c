@@ -294,13 +294,18 @@ bool sc_server_idle(sc_server *s)
 
 sc_call *sc_server_next(sc_server *s)
 {
-    sc_call *k = s->ready;
-    if (k) {
+    for (;;) {
+        sc_call *k = s->ready;
+        if (!k)
+            return NULL;
         s->ready = k->next_ready;
         if (!s->ready)
             s->ready_tail = &s->ready;
+        if (!k->native)
+            return k;
+        sc_call_native(s, k, k->native);
+        sc_call_unref(k);
     }
-    return k;
 }
 
 static int handle(sc_server *s, struct epoll_event *e)

@@ -84,6 +84,7 @@ struct sc_call {
     bool parked;
     sc_waiter waiter;
     uint8_t streams; /* SC_STREAM_* */
+    uint8_t native;  /* SC_NATIVE_* that had to queue behind others */
     /* under the connection's lock: */
     bool ended;      /* the peer sends no more messages */
     uint8_t want;    /* what it is to be told of: SC_READABLE … */
@@ -177,6 +178,7 @@ void sc_conn_drop(sc_server *, sc_conn *);
 void sc_conn_ready(sc_server *, sc_conn *, uint32_t events);
 bool sc_conn_quiet(sc_conn *, bool ending);
 void sc_conn_answer(sc_conn *, uint32_t stream, int32_t code, const char *text);
+void sc_call_native(sc_server *, sc_call *, int native); /* answers it, in C */
 /* large: the payload that stands apart from `data`, or NULL; NULL in it when a call has taken it. */
 void sc_server_request(sc_server *, sc_conn *, const sc_header *h, const uint8_t *data, size_t n, sc_large **large);
 /* large.c, with the role */

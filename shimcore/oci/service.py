@@ -130,6 +130,9 @@ class RuncTask(Restore):
         if request.checkpoint and not request.checkpoint.startswith("/"):
             raise InvalidArgument(f"checkpoint {request.checkpoint!r} is not an absolute path")
         stdio.check(request.stdin, request.stdout, request.stderr, self.the_streams)
+        if context.cancelled:  # it had to wait for us: who has given up may be clearing the bundle away by now
+            jobs.Task(self.core, self._end_if_unused()).step()
+            raise Canceled("the caller of Create has gone")
         constant = _constant_state(request, request.bundle)
         slot = self.core.reserve(request.id, "", constant) if request.checkpoint else self.core.open(request.id, constant)
         init = Process(

@@ -66,6 +66,43 @@ static void calls_are_kept(void)
     close(fd);
 }
 
+/* One who asks about what a kept call may be about to make waits for that, and is told of it. */
+static void no_answer_about_what_is_to_come(void)
+{
+    int busy = dial(), fd = dial(), other = dial();
+    srv_away(busy, 1);
+    ask(other, 1, "t.Task", "State", "\x0a\x01" "x");
+    expect(other, 1, SC_NOT_FOUND, "container x not found", ""); /* nothing is kept */
+    ask(fd, 1, "t.Test", "Echo", "create x");
+    ask(fd, 3, "t.Task", "State", "\x0a\x01" "x");
+    ask(fd, 5, "t.Task", "Wait", "\x0a\x01" "x");
+    ask(fd, 7, "t.Task", "State", "\x0a\x01" "y");
+    ask(fd, 9, "t.Task", "Connect", "\x0a\x01" "x");
+    expect(fd, 9, 0, "", NULL); /* all before it has been read */
+    sc_slot *s = container("x"); /* as the Create would */
+    ask(fd, 11, "t.Task", "State", "\x0a\x01" "x");
+    expect(fd, 11, 0, "", NULL); /* it is there now */
+    srv_go();
+    bool seen[8] = {false};
+    for (int i = 0; i < 3; i++) { /* what C answers may leave before what a handler does */
+        reply r;
+        CHECK(reply_of(fd, &r));
+        CHECK(r.stream < 8 && !seen[r.stream]);
+        seen[r.stream] = true;
+        CHECK_EQ(r.code, r.stream == 7 ? SC_NOT_FOUND : 0);
+        CHECK(r.stream == 1 || r.stream == 3 || r.stream == 7);
+        free(r.raw);
+    }
+    gone(s); /* answers the Wait, with no exit */
+    reply r;
+    CHECK(reply_of(fd, &r));
+    CHECK_EQ(r.stream, 5);
+    free(r.raw);
+    close(busy);
+    close(fd);
+    close(other);
+}
+
 static void fill(uint8_t *p, size_t n, unsigned seed)
 {
     for (size_t i = 0; i < n; i++)
@@ -252,7 +289,7 @@ static void stopped_meanwhile(void)
 #define LED(body) \
     static void run_##body(void) { serve(body); }
 #define BODIES(X) \
-    X(c_answers_go_on) X(calls_are_kept) X(frames_across_the_change) X(what_is_kept_is_bounded) X(connections_end_meanwhile) \
+    X(c_answers_go_on) X(no_answer_about_what_is_to_come) X(calls_are_kept) X(frames_across_the_change) X(what_is_kept_is_bounded) X(connections_end_meanwhile) \
     X(notes_wait) X(many_changes) X(stopped_meanwhile)
 BODIES(LED)
 
