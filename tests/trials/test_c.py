@@ -37,7 +37,7 @@ def sockets(session: Session) -> list[str]:
     return [found for found in (path, path + DEBUG_SUFFIX) if os.path.lexists(found)]
 
 
-# red: `pids` without the fallback to the exit table
+# red: `pids` that says what the cgroup says: neither those of the exit table are added, nor is there init's for want of any
 def test_C2_pids_never_fails_while_a_task_lives(lab: Lab, tmp_path: Path) -> None:
     box = lab.box("c2")
     for cgroup in ("", "/sys/fs/cgroup/there/is/none", str(tmp_path)):

@@ -8,6 +8,7 @@ import select
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,15 +70,23 @@ def known(task: Task) -> bool:
     return True
 
 
-# red: Pids without `within`: all hang; without its look at a reading that has stalled: each takes its time, two hold the pool
+# red: Pids without `within`: all hang; without its look at a reading that has stalled: each call takes its time; without the lock
+# on the pool: two containers' readings hold it, and no other is made
 def test_C2_pids_while_the_kernel_stalls(lab: Lab, tmp_path: Path) -> None:
     box, other = lab.box("c2"), lab.box("c2-other")
     exec_pid = box.exec("e")
+    assert {box.pid, exec_pid} <= set(box.task.pids())
     os.mkfifo(tmp_path / "cgroup.procs")  # its reader waits for a writer
-    lab.call("set_cgroup", id="c2", path=str(tmp_path))
+    for id in ("c2", "c2-other"):
+        lab.call("set_cgroup", id=id, path=str(tmp_path))
     for answer in together(*[box.task.pids] * 20, timeout=20):
         assert answer == {box.pid: "", exec_pid: "e"}
     assert other.pid in other.task.pids()
+    # The first of them have waited half a second for the kernel. If each did, these took a minute.
+    began = time.monotonic()
+    for _ in range(120):
+        assert box.pid in box.task.pids()
+    assert time.monotonic() - began < 30
     beside = lab.box("c2-beside", ["@exit", "4"])
     assert beside.status() == 4 and beside.delete() == 4
     with open(tmp_path / "cgroup.procs", "w") as kernel:
@@ -136,8 +145,8 @@ def test_C5_a_call_that_failed_keeps_no_connection(lab: Lab) -> None:
 def test_C7_an_authors_chdir(new_lab: Callable[..., Lab], tmp_path: Path) -> None:
     lab = new_lab()
     path = socket_of(lab.session)
-    gone = tmp_path / "gone"
-    gone.mkdir()
+    gone = tmp_path.joinpath(*"deeper")  # than the bundle is: no `..` leads to the root by chance
+    gone.mkdir(parents=True)
     lab.call("chdir", path=str(gone))
     gone.rmdir()  # and now the working directory is none
     box = lab.box("c7", ["@exit", "7"])
