@@ -205,9 +205,10 @@ class Core:
         """For another image of this process: the exit table, the outbox, and, as `fds`, the numbers of their files. While run()
         is paused; not whole: at any time, and without the outbox."""
     def restore(self, state: dict[str, Any]) -> None:
-        """Make the slots that save() has seen, before run() and install_signals(). Nothing is watched or told. Raises OSError."""
+        """Have what save() has seen, before run(): the outbox is the core's from now on; the slots are not watched or told yet.
+        Raises OSError."""
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on with them, and with the outbox. What save() named as fds is the core's from now on. Raises OSError."""
+        """Go on with the slots, whose fds are the core's from now on; before install_signals()."""
     def stop(self) -> None: ...
     def drain(self, timeout: float) -> bool:
         """Wait until the outbox is empty (every event acknowledged), at most timeout seconds."""

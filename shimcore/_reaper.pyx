@@ -915,7 +915,21 @@ cdef class Core:
         cdef sc_saved_slot v
         cdef sc_slot *p
         cdef Slot s
-        cdef bytes id, ex
+        cdef bytes id, ex, out, into
+        outbox, spill = state["outbox"], state["spill"]
+        if outbox is not None:
+            for flight in (True, False):
+                for event in outbox["flight" if flight else "queue"]:
+                    adopt_event(self.p, flight, event)
+            if outbox["fd"] >= 0:
+                out, into = outbox["out"], outbox["in"]
+                checked(
+                    sc_outbox_adopt_socket(self.p, outbox["fd"], outbox["next_stream"], out, len(out), into, len(into)), "epoll_ctl"
+                )
+        if spill is not None and not sc_spill_adopt(
+            self.p.outbox.spill, os.fsencode(spill["path"]), spill["fd"], spill["from"], spill["to"], spill["count"], spill["cap"]
+        ):
+            raise MemoryError
         for saved in state["slots"]:
             fill(saved, &v)
             id, ex = saved["id"].encode(), saved["exec"].encode()
@@ -932,18 +946,6 @@ cdef class Core:
     def resume(self, state):
         cdef sc_saved_slot v
         cdef Slot s
-        cdef bytes out, into
-        outbox, spill = state["outbox"], state["spill"]
-        for flight in (True, False):
-            for event in outbox["flight" if flight else "queue"]:
-                adopt_event(self.p, flight, event)
-        if outbox["fd"] >= 0:
-            out, into = outbox["out"], outbox["in"]
-            checked(sc_outbox_adopt_socket(self.p, outbox["fd"], outbox["next_stream"], out, len(out), into, len(into)), "epoll_ctl")
-        if spill is not None and not sc_spill_adopt(
-            self.p.outbox.spill, os.fsencode(spill["path"]), spill["fd"], spill["from"], spill["to"], spill["count"], spill["cap"]
-        ):
-            raise MemoryError
         for saved in state["slots"]:
             fill(saved, &v)
             s = self.all[(saved["id"], saved["exec"])]

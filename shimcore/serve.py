@@ -359,6 +359,8 @@ def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocati
             state = inherit(int(inherited))
         socket = _Socket(SOCKET_FD)
         core = new_core(flags.namespace, invocation.ttrpc_address)
+        if state is not None:
+            core.restore(state["core"])
         life = Life()
 
         def work() -> None:
@@ -407,8 +409,6 @@ def _serve(
         logger.init(flags.debug, flags.namespace, flags.id, default_level=config.default_log_level)
     if state is None:
         _reap(core, config)
-    else:
-        core.restore(state["core"])
     if socket.spill and (state is None or state["core"]["spill"] is None):
         core.spill(socket.spill)
     publisher = RemotePublisher(core, flags.namespace)

@@ -3,52 +3,19 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from shimcore.cli.nodes import NoAnswer
 from shimcore.rig import Rig
-from shimcore.rig.session import Session
 from tests.authors import Make, author
-from tests.upgrades import HANG, Copy, command, parent, told, until, upgrade, words
+from tests.upgrades import HANG, Copy, Later, command, copy, exits, parent, rig, told, until, upgrade, words
 
-__all__ = ["author"]
+__all__ = ["author", "copy", "rig"]
 
 COUNT = "i=0; while :; do echo $i; i=$((i+1)); done"
-
-
-@pytest.fixture
-def copy(session_root: Path, tmp_path: Path) -> Copy:
-    return Copy(tmp_path)
-
-
-@pytest.fixture
-def rig(copy: Copy, rootfs: Path) -> Iterator[Rig]:
-    with Rig(copy.binary, rootfs=rootfs) as rig:
-        yield rig
-
-
-class Later:
-    """A call on a thread of its own."""
-
-    def __init__(self, call: Any) -> None:
-        self._found: list[Any] = []
-        self._thread = threading.Thread(target=lambda: self._found.append(call()))
-        self._thread.start()
-
-    def get(self) -> Any:
-        self._thread.join(HANG)
-        assert self._found, "the call did not come to its end"
-        return self._found[0]
-
-
-def exits(session: Session) -> list[tuple[str, int]]:
-    """As containerd has heard of them: ids, and statuses."""
-    return [(event.message.id, event.message.exit_status) for event in session.events if event.topic == "/tasks/exit"]
 
 
 def test_the_same_process_goes_on_with_other_code(rig: Rig, copy: Copy) -> None:

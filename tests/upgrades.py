@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from shimcore.cli import nodes
 from shimcore.cli.upgrade import upgrade_one
 from shimcore.install import needed_paths, script
+from shimcore.rig import Rig
 from shimcore.rig.session import Session
 
 PACKAGE = Path(__file__).resolve().parent.parent / "shimcore"
@@ -104,3 +108,33 @@ def parent(pid: int) -> int:
 
 def words(pid: int) -> list[str]:
     return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+
+
+@pytest.fixture
+def copy(session_root: Path, tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+@pytest.fixture
+def rig(copy: Copy, rootfs: Path) -> Iterator[Rig]:
+    with Rig(copy.binary, rootfs=rootfs) as rig:
+        yield rig
+
+
+class Later:
+    """A call on a thread of its own."""
+
+    def __init__(self, call: Any) -> None:
+        self._found: list[Any] = []
+        self._thread = threading.Thread(target=lambda: self._found.append(call()))
+        self._thread.start()
+
+    def get(self) -> Any:
+        self._thread.join(HANG)
+        assert self._found, "the call did not come to its end"
+        return self._found[0]
+
+
+def exits(session: Session) -> list[tuple[str, int]]:
+    """As containerd has heard of them: ids, and statuses."""
+    return [(event.message.id, event.message.exit_status) for event in session.events if event.topic == "/tasks/exit"]
