@@ -191,6 +191,7 @@ cdef extern from "core/exits.h" nogil:
     uint64_t sc_past_wait(sc_core *c, uint64_t after, int64_t timeout_ns)
     bint sc_past_get(sc_core *c, uint64_t number, sc_buf *out)
     void sc_past_end(sc_core *c)
+    bint sc_past_adopt(sc_core *c, uint64_t number, const uint8_t *body, size_t n)
     int sc_slot_drop(sc_slot *s)
     int sc_slot_forget(sc_slot *s)
     int sc_slot_kill(sc_slot *s, int sig)

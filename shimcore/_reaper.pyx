@@ -559,6 +559,17 @@ cdef void fill(saved, sc_saved_slot *v) except *:
     v.oom_fd, v.oom_v2, v.oom_seen = saved["oom_fd"], saved["oom_v2"], saved["oom_seen"]
 
 
+cdef void take_stats(sc_stats *s, saved) except *:
+    """As stats() names them."""
+    get = saved.get
+    s.told, s.orphans, s.stolen, s.overdue = get("told", 0), get("orphans", 0), get("stolen", 0), get("overdue", 0)
+    s.jobs, s.jobs_timed_out, s.events, s.acked = get("jobs", 0), get("jobs_timed_out", 0), get("events", 0), get("acknowledged", 0)
+    s.rejected, s.unsent, s.reconnects = get("rejected", 0), get("unsent", 0), get("connections", 0)
+    s.by_number, s.notes, s.recorded, s.unrecorded = get("by_number", 0), get("notes", 0), get("recorded", 0), get("unrecorded", 0)
+    s.record_late, s.ooms, s.teardown_late = get("record_late", 0), get("ooms", 0), get("teardown_late", 0)
+    s.spilled, s.dropped = get("spilled", 0), get("dropped", 0)
+
+
 cdef list saved_events(sc_event_list *l):
     cdef sc_event *e = l.head
     cdef list out = []
@@ -909,15 +920,22 @@ cdef class Core:
             "path": os.fsdecode(f.path), "fd": f.fd, "from": f.from_, "to": f.to, "count": f.count, "cap": f.cap,
         }
         fds += [fd for fd in (o.fd, f.fd) if fd >= 0]
-        return {"slots": slots, "outbox": outbox, "spill": spill, "fds": fds}
+        return {
+            "slots": slots, "outbox": outbox, "spill": spill, "fds": fds, "past": self.events(), "stats": self.stats(),
+        }
 
     def restore(self, state):
         cdef sc_saved_slot v
         cdef sc_slot *p
         cdef Slot s
-        cdef bytes id, ex, out, into
+        cdef bytes id, ex, out, into, body
         outbox, spill = state["outbox"], state["spill"]
         if outbox is not None:
+            for number, past in state.get("past", ()):
+                body = past or b""
+                if not sc_past_adopt(self.p, number, <const uint8_t *><const char *>body, len(body)):
+                    raise MemoryError
+            take_stats(&self.p.stats, state.get("stats", {}))
             for flight in (True, False):
                 for event in outbox["flight" if flight else "queue"]:
                     adopt_event(self.p, flight, event)

@@ -144,6 +144,8 @@ def _collect(life: Life, context: Context | None) -> dict[str, Any]:
         "task": task,
         "clients": clients,
         "debug_fd": debug.fd,
+        "started": debug.started,
+        "log": [] if trial else logger.get_logger().lines(0),
         "terminate": bool(life.asked),
         "nofile": list(_reaper.nofile_before()),
         "answer": None if context is None else list(context.place),
@@ -311,6 +313,9 @@ def restore(life: Life, state: dict[str, Any]) -> None:
     debug.server.adopt(state["clients"])
     debug.core.resume(state["core"])
     debug.task.go_on()
+    debug.started = state.get("started", debug.started)
+    if state.get("log"):
+        logger.get_logger().count, logger.get_logger().recent = state["log"]
     if state["terminate"]:
         life.asked.append(_SIGTERM)
 

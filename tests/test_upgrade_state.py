@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from shimcore.cli import nodes
 from shimcore.cli.nodes import NoAnswer
 from shimcore.rig import FakeRuntime, Rig
 from shimcore.rig.events import DOWN, FROZEN, MUTE, SLOW, UP
@@ -19,7 +24,7 @@ from tests.authors import TASK, Make, author
 from tests.test_oci_binlog import LOGGER, script
 from tests.test_oci_sandbox import Shim as Sandbox
 from tests.trials.test_f import HOG, limited, memory_folder
-from tests.upgrades import HANG, Copy, Later, command, copy, exits, rig, until, upgrade
+from tests.upgrades import HANG, Copy, Later, command, copy, exits, rig, told, until, upgrade
 
 __all__ = ["author", "copy", "rig"]
 
@@ -170,8 +175,8 @@ def test_an_oom_kill_is_told_before_its_exit(rig: Rig, copy: Copy) -> None:
     one.task.kill(signal.SIGKILL)
     one.wait(timeout=HANG)
     rig.events.wait("/tasks/exit", container=one.id)
-    told = rig.events.topics(one.id)
-    assert told.index("/tasks/oom") < told.index("/tasks/exit"), told
+    topics = rig.events.topics(one.id)
+    assert topics.index("/tasks/oom") < topics.index("/tasks/exit"), topics
     one.delete()
 
 
@@ -371,3 +376,55 @@ def test_a_daemon_of_the_template(copy: Copy, rootfs: Path, tmp_path: Path, monk
             assert Path(f"/proc/{one.shim_pid}/cmdline").read_bytes() == before
             assert one.exec(["sh", "-c", "exit 4"]).wait(timeout=HANG) == 4
             end(one)
+
+
+# --- what the shim tells of itself
+
+
+def has_told(one: Session, exits: int) -> dict[str, Any] | None:
+    found = told(one)
+    return found if found["core"]["told"] == exits and not found["core"]["in_flight"] else None
+
+
+def test_counters_and_the_last_events_and_lines_go_on(rig: Rig, copy: Copy) -> None:
+    one = running(rig)
+    assert one.exec(["sh", "-c", "exit 1"]).wait(timeout=HANG) == 1
+    before = until("an exit", lambda: has_told(one, 1))
+    upgrade(one)
+    assert one.exec(["sh", "-c", "exit 2"]).wait(timeout=HANG) == 2
+    after = until("an exit", lambda: has_told(one, 2))
+    assert after["core"]["events"] == before["core"]["events"] + 3 and after["core"]["connections"] == 1
+    assert after["started"] == before["started"] and after["shimcore"] == before["shimcore"]
+    shim = nodes.Shim(one.shim_pid, "shim", "", "", "", debug=one.started.address.removeprefix("unix://") + ".debug")
+    numbers = [json.loads(line)["number"] for line in nodes.ask(shim, "/events").splitlines()]
+    assert numbers == list(range(1, 9))
+    lines = nodes.ask(shim, "/log").decode().splitlines()
+    assert [line for line in lines if "serving" in line][1:] and 'msg="upgraded"' in "\n".join(lines)
+    end(one)
+
+
+def test_who_follows_its_events_misses_none(rig: Rig, copy: Copy) -> None:
+    one = running(rig)
+    words = [sys.executable, "-m", "shimcore.cli", "events", one.id, "--past", "--json", "--count", "11"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout
+        first = follower.stdout.readline()  # it follows
+        for number in range(3):
+            assert one.exec(["sh", "-c", "exit 1"]).wait(timeout=HANG) == 1
+            if number < 2:
+                upgrade(one)
+        out, _ = follower.communicate(timeout=HANG)
+    assert follower.returncode == 0
+    assert [json.loads(line)["number"] for line in [first, *out.splitlines()]] == list(range(1, 12))
+    end(one)
+
+
+def test_the_trial_is_no_shim_to_others(rig: Rig, copy: Copy, tmp_path: Path) -> None:
+    one = running(rig)
+    os.mkfifo(tmp_path / "gate")
+    copy.edit("upgrade.py", lambda text: text + f"\nif 'try' in os.environ.get(VARIABLE, ''): open({str(tmp_path / 'gate')!r})\n")
+    done = Later(lambda: upgrade(one, timeout=HANG))
+    with open(tmp_path / "gate", "w"):  # opens when the trial is there
+        assert [found.pid for found in nodes.shims(rig.namespace)] == [one.shim_pid]
+    assert done.get()["pid"] == one.shim_pid
+    end(one)

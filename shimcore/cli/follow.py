@@ -128,7 +128,7 @@ class Node:
             if path in self._followed:
                 return
             self._followed.add(path)
-        threading.Thread(target=self._read, args=(path, everything), daemon=True).start()
+        threading.Thread(target=self._read_all, args=(path, everything), daemon=True).start()
 
     def scan(self) -> None:
         """Follows all that are there; says of which that can't be."""
@@ -157,7 +157,17 @@ class Node:
 
         threading.Thread(target=run, daemon=True).start()
 
-    def _read(self, path: str, everything: bool) -> None:
+    def _read_all(self, path: str, everything: bool) -> None:
+        try:
+            again = self._read(path, everything, say=True)
+            while again and os.path.exists(path):  # a shim that ends has taken its socket away; one that was upgraded goes on
+                again = self._read(path, True, say=False)
+        finally:
+            with self._lock:
+                self._followed.discard(path)  # another shim of that address may come
+
+    def _read(self, path: str, everything: bool, *, say: bool) -> bool:
+        """Whether there was a shim to be followed. say: if not, why."""
         last = 0 if everything else -1
         try:
             with nodes.Lines(path, "/events?follow" + ("" if everything else "&after=now"), self._namespace) as lines:
@@ -168,12 +178,11 @@ class Node:
                         self._last[lines.pid] = last
                         self.queue.put(event)
         except nodes.NoAnswer as error:
-            if os.path.exists(path) and str(error) not in self._noted:  # else it has just ended, or was said
+            if say and os.path.exists(path) and str(error) not in self._noted:  # else it has just ended, or was said
                 self._noted.add(str(error))
                 self.queue.put(str(error))
-        finally:
-            with self._lock:
-                self._followed.discard(path)  # another shim of that address may come
+            return False
+        return lines.asked
 
 
 class _Sockets:

@@ -48,6 +48,13 @@ def _words(pid: int) -> list[str]:
         return []
 
 
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
 def _flag(words: list[str], name: str) -> str:
     for at, word in enumerate(words):
         if word in (f"-{name}", f"--{name}") and at + 1 < len(words):
@@ -102,6 +109,8 @@ def shims(namespace: str = "") -> list[Shim]:
         if not name or "-id" not in words or words[-1] in ("start", "delete"):
             continue
         if namespace and _flag(words, "namespace") != namespace:
+            continue
+        if _words(_parent(pid)) == words:  # the trial of new code, by the shim that is to be upgraded
             continue
         listening = sorted(paths[inode] for inode in _sockets_of(pid) if inode in paths)
         debug = next((path for path in listening if path.endswith(DEBUG_SUFFIX)), "")
@@ -165,7 +174,9 @@ def ask(shim: Shim, path: str) -> bytes:
 
 
 class Lines:
-    """Lines of what a debug socket goes on to tell, until the shim ends. A context manager. pid: the shim's.
+    """Lines of what a debug socket goes on to tell, until the shim ends, or goes on with new code. A context manager.
+
+    pid: the shim's. asked: whether there may be any.
 
     namespace: nothing is asked of a shim of another, and there are no lines; "" for any. Raises NoAnswer where nobody listens, or
     the answer is not 200.
@@ -173,6 +184,7 @@ class Lines:
 
     def __init__(self, path: str, target: str, namespace: str = "") -> None:
         self._response: Iterable[bytes] = ()
+        self.asked = False
         self._connection = _Connection(path)
         try:
             self._connect()
@@ -188,6 +200,7 @@ class Lines:
                 why = response.read().decode(errors="replace").strip()
                 raise NoAnswer(f"the shim of pid {self.pid} answers {response.status}: {why}")
             self._response = response
+            self.asked = True
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise NoAnswer(f"nobody answers on {path}: {error}") from None

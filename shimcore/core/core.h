@@ -304,6 +304,8 @@ void sc_past_keep(sc_core *, const sc_event *); /* under the lock */
 uint64_t sc_past_wait(sc_core *, uint64_t after, int64_t timeout_ns);
 bool sc_past_get(sc_core *, uint64_t number, sc_buf *out); /* false: overwritten since, or not kept */
 void sc_past_end(sc_core *);
+/* Have one that another image of this process has told; n 0: it was not kept. false: no memory. */
+bool sc_past_adopt(sc_core *, uint64_t number, const uint8_t *body, size_t n);
 void sc_past_free(sc_core *);
 
 /* job.c */

@@ -56,6 +56,23 @@ void sc_past_end(sc_core *c)
     sc_unlock(c);
 }
 
+bool sc_past_adopt(sc_core *c, uint64_t number, const uint8_t *body, size_t n)
+{
+    sc_lock(c);
+    bool ok = number && (c->past || (c->past = calloc(SC_PAST, sizeof *c->past)));
+    if (ok) {
+        c->past_count = number;
+        sc_past *p = &c->past[(number - 1) % SC_PAST];
+        free(p->body);
+        p->body = n ? malloc(n) : NULL;
+        if (p->body)
+            memcpy(p->body, body, n);
+        p->len = n;
+    }
+    sc_unlock(c);
+    return ok;
+}
+
 void sc_past_free(sc_core *c)
 {
     for (size_t i = 0; c->past && i < SC_PAST; i++)
