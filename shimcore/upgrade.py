@@ -19,7 +19,7 @@ import sys
 import time
 
 from . import _reaper, jobs, logger
-from .errors import FailedPrecondition, InvalidArgument
+from .errors import FailedPrecondition, InvalidArgument, ShimError
 from .util import json_dumps, json_loads
 
 TYPE_CHECKING = False
@@ -248,6 +248,8 @@ def _execute(life: Life, command: list[str], context: Context, began: float) -> 
         error = life.leader_says.get()
         os.close(fds[-1])
     task.go_on()
+    if isinstance(error, ShimError):  # what there is can't be handed over
+        raise error
     raise FailedPrecondition(f"the new code can't be executed: {error}") from None
 
 

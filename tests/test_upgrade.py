@@ -98,7 +98,7 @@ def test_a_shim_that_can_not_hand_over_says_so(author: Make) -> None:
 
 def test_one_without_a_container_says_so(rig: Rig, copy: Copy) -> None:
     one = rig.container(["true"])
-    with pytest.raises(NoAnswer, match="it has no container yet, or none any more"):
+    with pytest.raises(NoAnswer, match=r"^it has no container yet, or none any more"):
         upgrade(one)
     one.run()
     copy.change()

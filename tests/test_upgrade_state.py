@@ -413,9 +413,9 @@ def test_who_follows_its_events_misses_none(rig: Rig, copy: Copy) -> None:
             assert one.exec(["sh", "-c", "exit 1"]).wait(timeout=HANG) == 1
             if number < 2:
                 upgrade(one)
-        out, _ = follower.communicate(timeout=HANG)
+        rest = Later(follower.stdout.read).get()
     assert follower.returncode == 0
-    assert [json.loads(line)["number"] for line in [first, *out.splitlines()]] == list(range(1, 12))
+    assert [json.loads(line)["number"] for line in [first, *rest.splitlines()]] == list(range(1, 12))
     end(one)
 
 
