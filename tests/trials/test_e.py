@@ -62,7 +62,7 @@ def test_E2_a_reader_that_comes_late(rig: Rig, tmp_path: Path) -> None:
     container.delete()
 
 
-# red: block: our read end left out: the container gets SIGPIPE; drop, spill: the watch on readers never begun: Wait does not answer
+# red: block: our read end left out: the container gets SIGPIPE; drop, spill: readers not watched: Wait does not answer
 @pytest.mark.parametrize("policy", ["block", "drop", "spill"])
 def test_E3_output_while_containerd_is_away(rig: Rig, tmp_path: Path, policy: str) -> None:
     """Megabytes to nobody: the policy holds, the shim's memory stays, and the exit is told on containerd's return."""

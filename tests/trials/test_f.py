@@ -66,8 +66,8 @@ def test_F1_F3_an_oom_is_told_before_its_exit(rig: Rig) -> None:
         container.delete()
 
 
-# red: the folder of another hierarchy than v1's memory; with v2, `oom` counted instead of `oom_kill`. Not: the event asked for of the
-# parent, of which v1 tells the parent's watchers, too
+# red: the folder of another hierarchy than v1's memory; with v2, `oom` counted instead of `oom_kill`. Not: the event asked for of
+# the parent, since v1 tells watchers of both
 def test_F2_the_limit_stands_on_the_parent_alone(rig: Rig) -> None:
     top = memory_folder()
     assert top is not None
