@@ -16,8 +16,8 @@ from tests.containerd.conftest import TRAPPED
 from tests.containerd.cri import CNI, SUBNET, Cri, Pod, containerd_version, crictl_path
 from tests.containerd.daemon import alive, wait_for
 
-# Handlers by which the shim is the pod's sandbox; the latter's stdio are streams.
-BY_SHIM = ("ours-sandbox", "ours-streaming")
+# Handlers by which the shim is the pod's sandbox; stdio of the second are streams.
+BY_SHIM = ("ours-sandbox", "ours-streaming", "shimcore-sandbox")
 
 NewPod = Callable[..., Pod]
 
