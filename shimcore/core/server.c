@@ -303,7 +303,10 @@ sc_call *sc_server_next(sc_server *s)
             s->ready_tail = &s->ready;
         if (!k->native)
             return k;
-        sc_call_native(s, k, k->native);
+        if (atomic_load(&k->cancelled)) /* nobody would take a Wait back that is parked only now */
+            sc_call_reply(k, SC_UNAVAILABLE, "", 0, NULL, 0, true);
+        else
+            sc_call_native(s, k, k->native);
         sc_call_unref(k);
     }
 }

@@ -93,6 +93,22 @@ static void no_answer_about_what_is_to_come(void)
         CHECK(r.stream == 1 || r.stream == 3 || r.stream == 7);
         free(r.raw);
     }
+    int fds = count_fds();
+    srv_away(busy, 3);
+    int leaver = dial();
+    ask(leaver, 1, "t.Test", "Echo", "create z");
+    ask(leaver, 3, "t.Task", "Wait", "\x0a\x01" "z");
+    ask(leaver, 5, "t.Task", "Connect", "");
+    expect(leaver, 5, 0, "", NULL);
+    sc_slot *z = container("z");
+    close(leaver);
+    ask(other, 3, "t.Task", "Connect", ""); /* its end has been seen when this is answered, or soon after */
+    expect(other, 3, 0, "", NULL);
+    expect(busy, 1, 0, "", "held");
+    srv_go();
+    expect(busy, 3, 0, "", "held");
+    fds_are(fds); /* its Wait keeps nothing open */
+    gone(z);
     gone(s); /* answers the Wait, with no exit */
     reply r;
     CHECK(reply_of(fd, &r));
