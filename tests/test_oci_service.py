@@ -25,6 +25,7 @@ from shimcore.errors import (
     NotFound,
     Unknown,
 )
+from shimcore.oci import control
 from shimcore.oci.options import RUNC_OPTIONS
 from shimcore.oci.service import RuncTask
 from shimcore.protos import runc_options_pb2, task_pb2
@@ -550,6 +551,33 @@ def test_shutdown_waits_for_the_last_container(rig: Rig) -> None:
     rig.call(rig.task.shutdown(request, Context()))
     assert rig.exit.is_set()
     rig.call(rig.task.shutdown(request, Context()))
+
+
+def test_who_was_killed_frozen_and_is_dead_needs_no_thawing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cgroup v2 a frozen process dies at once, and a runtime then refuses to resume what does not run."""
+    rig.do("resume", 'touch "$here/asked"; while [ ! -e "$here/go" ]; do sleep 0.01; done; fail "the container c1 is not running"')
+    rig.create()
+    rig.start()
+    rig.call(rig.task.pause(task_pb2.PauseRequest(id="c1"), Context()))
+    slot = rig.core.find("c1")
+    assert slot is not None
+    slot.hold()  # its exit is told once the runtime was asked
+    killed = rig.begin(rig.task.kill(task_pb2.KillRequest(id="c1", signal=9), Context()))
+    wait_for((rig.path / "asked").exists)
+    slot.release()
+    (rig.path / "go").touch()
+    assert killed.get(timeout=20)[1] is None
+    # One that is not seen to die is told of.
+    monkeypatch.setattr(control, "FROZEN_DEATH_TIMEOUT", 0.05)
+    rig.create("c2")
+    rig.start("c2")
+    rig.call(rig.task.pause(task_pb2.PauseRequest(id="c2"), Context()))
+    slot = rig.core.find("c2")
+    assert slot is not None
+    slot.hold()
+    with pytest.raises(Unknown, match="not running"):
+        rig.call(rig.task.kill(task_pb2.KillRequest(id="c2", signal=9), Context()))
+    slot.release()
 
 
 def test_pause_and_resume(rig: Rig) -> None:

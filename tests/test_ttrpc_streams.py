@@ -287,7 +287,9 @@ def test_a_handler_waits_for_a_peer_that_does_not_read(session_root: Any, kind: 
 # ---- the context and interceptors ----
 
 
-def test_a_call_is_told_that_its_caller_has_gone(rig: Rig) -> None:
+@pytest.mark.parametrize("end", ["close", "shutdown"])
+def test_a_call_is_told_that_its_caller_has_gone(rig: Rig, end: str) -> None:
+    """shutdown: the rest of the stream can't come, which is the same for its handler."""
     gone, began, over = threading.Event(), threading.Event(), threading.Event()
     raised: list[BaseException] = []
 
@@ -308,7 +310,10 @@ def test_a_call_is_told_that_its_caller_has_gone(rig: Rig) -> None:
     raw.open(1, "Echo")
     assert began.wait(HANG)
     assert not gone.is_set()
-    raw.socket.close()
+    if end == "close":
+        raw.socket.close()
+    else:
+        raw.socket.shutdown(socket.SHUT_WR)
     assert gone.wait(HANG)
     assert over.wait(HANG)
     assert [type(one) for one in raised] == [Canceled]

@@ -104,10 +104,19 @@ void sc_stream_over(sc_call *k)
     sc_conn_arm(k->conn);
 }
 
+/* Under the lock: its caller has gone, or sends no more without having said so. */
+static bool cut_off(const sc_call *k)
+{
+    return k->conn->dead || (k->conn->eof && k->streams & SC_STREAM_CLIENT && !k->ended);
+}
+
 void sc_stream_broken(sc_conn *c)
 {
-    for (sc_call *k = c->calls; k; k = k->next)
-        sc_stream_tell(k, c->dead ? SC_READABLE | SC_WRITABLE | SC_CANCELLED : SC_READABLE);
+    for (sc_call *k = c->calls; k; k = k->next) {
+        if (cut_off(k))
+            atomic_store(&k->cancelled, true); /* before its handler, which learns of it from recv, can end it */
+        sc_stream_tell(k, SC_READABLE | (c->dead ? SC_WRITABLE : 0) | (cut_off(k) ? SC_CANCELLED : 0));
+    }
 }
 
 void sc_stream_writable(sc_conn *c)
@@ -231,7 +240,7 @@ int sc_call_want(sc_call *k, int events)
     pthread_mutex_lock(&c->lock);
     int now = (events & SC_READABLE && can_recv(k) != -EAGAIN ? SC_READABLE : 0) |
               (events & SC_WRITABLE && can_send(k) != -EAGAIN ? SC_WRITABLE : 0) |
-              (events & SC_CANCELLED && c->dead ? SC_CANCELLED : 0);
+              (events & SC_CANCELLED && cut_off(k) ? SC_CANCELLED : 0);
     if (!now) {
         c->want_write += events & SC_WRITABLE && !(k->want & SC_WRITABLE);
         k->want |= (uint8_t)events;

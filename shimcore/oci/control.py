@@ -28,6 +28,8 @@ else:
     from ..protos.lazy import events_pb2, runc_options_pb2, task_pb2
 
 SIGNAL_MAX = 64
+# Seconds in which one that was killed while it was frozen has died, where nothing had to be thawed.
+FROZEN_DEATH_TIMEOUT = 1.0
 
 
 def within(context: Context, seconds: float) -> float:
@@ -101,7 +103,11 @@ class Control(Task):
             # A frozen process dies when it is thawed, not before.
             async with container.lock:
                 if container.init.slot.status == PAUSED:
-                    await self._thaw(container, context)
+                    try:
+                        await self._thaw(container, context)
+                    except ShimError:  # on v2 it is dead already, and nobody is left to thaw
+                        if not await container.init.wait_told(FROZEN_DEATH_TIMEOUT):
+                            raise
         return empty()
 
     async def pids(self, request: task_pb2.PidsRequest, context: Context) -> task_pb2.PidsResponse:
