@@ -555,7 +555,7 @@ def test_shutdown_waits_for_the_last_container(rig: Rig) -> None:
 
 def test_who_was_killed_frozen_and_is_dead_needs_no_thawing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """On cgroup v2 a frozen process dies at once, and a runtime then refuses to resume what does not run."""
-    rig.do("resume", 'touch "$here/asked"; while [ ! -e "$here/go" ]; do sleep 0.01; done; fail "the container c1 is not running"')
+    rig.do("resume", 'touch "$here/asked"; while [ ! -e "$here/go" ]; do sleep 0.01; done; fail "it is not running"')
     rig.create()
     rig.start()
     rig.call(rig.task.pause(task_pb2.PauseRequest(id="c1"), Context()))
