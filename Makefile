@@ -171,6 +171,11 @@ PEERS ?= stock=/usr/bin/containerd-shim-runc-v2
 compare: build ## the same trials against other shims (PEERS="name=path@generation …"); writes docs/comparison.md
 	@$(PY) tools/compare.py $(PEERS)
 
+.PHONY: vm-test
+vm-test: build ## the tests that want cgroup v2 alone, in a Debian guest under qemu, by runc and by crun (ARGS="tests/vm -k oom")
+	@tools/deps qemu-system-x86 debootstrap e2fsprogs
+	@$(PY) tools/vm/run.py $(if $(ARGS),-- $(ARGS),--page docs/cgroups.md)
+
 trials: build ## as test, with the bounds on time asserted too
 	@SHIMCORE_TRIALS=1 $(PY) -m pytest -m trial $(ARGS)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shimcore.errors import Closed, NotFound, ShimError
+from shimcore.errors import Closed, NotFound, ShimError, Unavailable
 from shimcore.rig.activate import GENERATIONS, ActivationError
 from shimcore.rig.events import DOWN, MUTE, UP, Event
 from shimcore.rig.leaks import alive
@@ -74,7 +74,7 @@ def _killed(rig: Rig, container: Session, *, may_end: bool = False) -> None:
     _same("exit that is told after SIGKILL", _exit(rig, container).message.exit_status, 137)
     try:
         container.delete()
-    except Closed:
+    except (Closed, Unavailable):  # it has ended, or is about to
         if not may_end:
             raise
         container.cleanup()

@@ -19,7 +19,7 @@ TOP = Path("/sys/fs/cgroup")
 LIMIT = 24 << 20
 HOG = "head -c 200m /dev/zero | tail"
 
-pytestmark = pytest.mark.skipif(not cgroup.is_unified(), reason="cgroup v2 is not alone here: `make vm-test` has a machine where it is")
+pytestmark = pytest.mark.skipif(not cgroup.is_unified(), reason="cgroup v2 is not alone here: `make vm-test` boots where it is")
 
 
 @pytest.fixture(params=["runc", "crun"])

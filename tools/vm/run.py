@@ -1,8 +1,8 @@
 """The tests that want cgroup v2 alone, in a small Debian guest: python tools/vm/run.py [pytest's arguments]
 
-qemu, with KVM where there is one, else emulated; Debian's cloud kernel, not installed here but taken from its package; a root made by
-debootstrap, with runc and crun; this tree and its virtual environment as they are. What is made is kept below build/vm, and made
-anew when this file has changed. Writes the console to build/vm/console, and the result to the page that --page names.
+qemu, with KVM where there is one, else emulated; Debian's cloud kernel, not installed here but taken from its package; a root made
+by debootstrap, with runc and crun; this tree and its virtual environment as they are. Kernel and root are kept below build/vm, and
+made anew when what they consist of has changed. Writes the console to build/vm/console, and the result to the page that --page names.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def root() -> Path:
     release = re.search(r"VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text())
     print("making the guest's root", flush=True)
     with open(BUILD / "debootstrap.log", "w") as log:
-        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", release[1] if release else "bookworm", str(folder)]
+        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}"]
+        command += [release[1] if release else "bookworm", str(folder)]
         if subprocess.run(command, stdout=log, stderr=log).returncode:
             raise SystemExit(f"debootstrap has failed: {BUILD / 'debootstrap.log'}")
     disk("root", folder, 1500)
@@ -159,8 +160,9 @@ def tree() -> Path:
 def boot(image: Path, start: Path, disks: list[Path]) -> tuple[str, float]:
     """(what the console said, seconds)."""
     kvm = os.access("/dev/kvm", os.R_OK | os.W_OK) and bool(re.search(r"\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text()))
-    command = ["qemu-system-x86_64", *(["-accel", "kvm", "-cpu", "host"] if kvm else ["-accel", "tcg,thread=multi", "-cpu", "max"])]
-    command += ["-m", "2048", "-smp", "2", "-nographic", "-no-reboot", "-nic", "none", "-kernel", str(image), "-initrd", str(start)]
+    command = ["qemu-system-x86_64", "-m", "2048", "-smp", "2", "-nographic", "-no-reboot", "-nic", "none"]
+    command += ["-accel", "kvm", "-cpu", "host"] if kvm else ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    command += ["-kernel", str(image), "-initrd", str(start)]
     command += ["-append", "console=ttyS0 quiet panic=-1"]
     for path in disks:
         command += ["-drive", f"file={path},if=virtio,format=raw,snapshot=on"]
@@ -208,7 +210,8 @@ def table(lines: list[str], seconds: float) -> str:
         if found:
             row = counts.setdefault(found[1], {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0})
             row[found[2]] += 1
-    out = [lines[0].removeprefix("guest: ") + f"; {seconds:.0f} s in all.", "", "| tests | passed | failed | skipped |", "|---|---|---|---|"]
+    out = [lines[0].removeprefix("guest: ") + f"; {seconds:.0f} s in all.", ""]
+    out += ["| tests | passed | failed | skipped |", "|---|---|---|---|"]
     for name, row in counts.items():
         out.append(f"| `{name}` | {row['PASSED']} | {row['FAILED'] + row['ERROR']} | {row['SKIPPED']} |")
     return "\n".join(out) + "\n"
