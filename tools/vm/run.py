@@ -1,9 +1,9 @@
 """The tests that want cgroup v2 alone, in a small Debian guest: python tools/vm/run.py [pytest's arguments]
 
 qemu, with KVM where there is one, else emulated; Debian's cloud kernel, not installed here but taken from its package; a root
-made by debootstrap, with runc and crun; this tree and its virtual environment as they are. Kernel and root are kept below build/vm,
-and made anew when what they consist of has changed. Writes the console to build/vm/console, and the result to the page that --page
-names.
+made by debootstrap, with runc and crun; this tree and its virtual environment as they are. Kernel and root are kept below
+build/vm, and made anew when what they consist of has changed. Writes the console to build/vm/console, and the result to the page
+that --page names.
 """
 
 from __future__ import annotations
