@@ -43,11 +43,11 @@ START, DELETE, SERVE, INFO, VERSION, HELP = "start", "delete", "serve", "info", 
 class Config:
     """What a shim may change about its process.
 
-    no_setup_logger: leave the log alone; default_log_level: "off" to "trace"; no_reaper: leave SIGCHLD alone;
-    no_sub_reaper: do not become the parent of orphans.
+    no_setup_logger: leave the log alone; default_log_level: "off" to "trace"; log_format: "logfmt" or "json";
+    no_reaper: leave SIGCHLD alone; no_sub_reaper: do not become the parent of orphans.
     """
 
-    __slots__ = ("default_log_level", "no_reaper", "no_setup_logger", "no_sub_reaper")
+    __slots__ = ("default_log_level", "log_format", "no_reaper", "no_setup_logger", "no_sub_reaper")
 
     def __init__(
         self,
@@ -55,9 +55,11 @@ class Config:
         default_log_level: str = "info",
         no_reaper: bool = False,
         no_sub_reaper: bool = False,
+        log_format: str = "logfmt",
     ) -> None:
         self.no_setup_logger = no_setup_logger
         self.default_log_level = default_log_level
+        self.log_format = log_format
         self.no_reaper = no_reaper
         self.no_sub_reaper = no_sub_reaper
 

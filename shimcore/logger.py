@@ -2,6 +2,8 @@
 
     time="2024-05-01T10:00:00.123456789Z" level=info namespace="k8s.io" id="c1" key="value" msg="text"
 
+or, where that is asked for (SHIMCORE_LOG_FORMAT=json), one JSON object a line with the same keys.
+
 A log that blocks or raises takes the shim's RPCs down with it, so nothing here does: the FIFO is opened and
 written non-blocking, and a line that finds no reader (ENXIO, EPIPE) or no room (EAGAIN) is counted in
 `dropped` and gone. The next line that gets through says how many were lost since the last. A line is one
@@ -21,13 +23,14 @@ from _thread import RLock
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _thread import LockType
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from signal import SIG_BLOCK, SIG_SETMASK, SIGPIPE, pthread_sigmask, sigtimedwait
 else:  # the module signal wraps these in enums
     from _signal import SIG_BLOCK, SIG_SETMASK, SIGPIPE, pthread_sigmask, sigtimedwait
 
 OFF, ERROR, WARN, INFO, DEBUG, TRACE = range(6)
 LEVEL_ENV = "SHIMCORE_LOG"
+FORMAT_ENV = "SHIMCORE_LOG_FORMAT"
 # Linux's PIPE_BUF; select.PIPE_BUF would cost an import.
 MAX_LINE = 4096
 # Lines that are kept for whoever asks.
@@ -43,6 +46,9 @@ _LEVELS = {name: level for level, name in enumerate(_NAMES)} | {
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 _ESCAPES |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
 _ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", ord('"'): '\\"', ord("\\"): "\\\\"}
+# As JSON has them; a lone surrogate becomes \\udcXX by "backslashreplace", which is JSON, too.
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
+_JSON_ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", ord('"'): '\\"', ord("\\"): "\\\\"}
 _RESERVED = ("time", "level", "msg")
 
 
@@ -77,19 +83,19 @@ def rfc3339(ns: int) -> str:
     return f"{t[0]:04}-{t[1]:02}-{t[2]:02}T{t[3]:02}:{t[4]:02}:{t[5]:02}.{nanos:09}Z"
 
 
-def _encode(text: str) -> bytes:
+def _encode(text: str, escapes: Mapping[int, str] = _ESCAPES) -> bytes:
     # Lone surrogates are undecodable bytes of a file name.
-    return text.translate(_ESCAPES).encode("utf-8", "backslashreplace")
+    return text.translate(escapes).encode("utf-8", "backslashreplace")
 
 
-def _escape(text: str, room: int) -> bytes:
+def _escape(text: str, room: int, escapes: Mapping[int, str] = _ESCAPES) -> bytes:
     """`text` escaped, in at most `room` bytes; never cut inside an escape or a character."""
-    data = _encode(text[: room + 1])
+    data = _encode(text[: room + 1], escapes)
     if len(data) <= room and len(text) <= room:
         return data
     out = bytearray()
     for index, char in enumerate(text):
-        piece = _encode(char)
+        piece = _encode(char, escapes)
         # Room for the longest mark, whatever is cut.
         if len(out) + len(piece) > room - 24:
             out += b"[... %d more]" % (len(text) - index)
@@ -121,15 +127,53 @@ def format_line(level: int, msg: object, fields: Mapping[str, object], ns: int) 
     return start + _escape(str(msg), MAX_LINE - len(start) - 2) + b'"\n'
 
 
+def format_json(level: int, msg: object, fields: Mapping[str, object], ns: int) -> bytes:
+    """format_line's record as a JSON object, in one line of at most MAX_LINE bytes. A field that is a bool, None, or an integer
+    that a double holds exactly stays one; all else is a string.
+    """
+    out = bytearray(b'{"time":"%s","level":"%s"' % (rfc3339(ns).encode(), _NAMES[level].encode()))
+    room = MAX_LINE - _MIN_MSG - len(out)
+    seen: set[str] = set()
+    for name, value in fields.items():
+        key = _key(name)
+        while key in seen:  # readers do not agree on what a name that comes twice means
+            key += "_"
+        seen.add(key)
+        room -= len(key) + 6
+        if room < 32:
+            break
+        if value is None or value is True or value is False:
+            data = {None: b"null", True: b"true", False: b"false"}[value]
+        elif type(value) is int and -(2**53) <= value <= 2**53:
+            data = b"%d" % value
+        else:
+            data = b'"%s"' % _escape(str(value), room, _JSON_ESCAPES)
+        room -= len(data)
+        out += b',"%s":%s' % (key.encode(), data)
+    out += b',"msg":"'
+    return bytes(out) + _escape(str(msg), MAX_LINE - len(out) - 3, _JSON_ESCAPES) + b'"}\n'
+
+
+def choose_format(default: str = "logfmt", env: Mapping[str, str] | None = None) -> Callable[..., bytes]:
+    """format_json or format_line: SHIMCORE_LOG_FORMAT ("json" or "logfmt", in any case), else `default` (Config.log_format)."""
+    for name in (os.environ if env is None else env).get(FORMAT_ENV, ""), default:
+        if name.strip().lower() in ("json", "logfmt"):
+            return format_json if name.strip().lower() == "json" else format_line
+    return format_line
+
+
 class Logger:
     """A log of one FIFO (or file). Any thread may use it; no method raises.
 
     path: str, resolved now, since an author may chdir later; None logs nowhere. level: OFF to TRACE. fields:
-    on every line. Counters: `written` and `dropped` lines; those below the level are neither. recent: the last lines, of which
-    `count` have been in all, for whoever asks the shim; waiting: locks, released when there is another.
+    on every line. format: format_line unless it is set to format_json. Counters: `written` and `dropped`
+    lines; those below the level are neither. recent: the last lines, of which `count` have been in all, for
+    whoever asks the shim; waiting: locks, released when there is another.
     """
 
-    __slots__ = ("_fd", "_lock", "_reported", "count", "dropped", "fields", "level", "path", "recent", "waiting", "written")
+    __slots__ = (
+        "_fd", "_lock", "_reported", "count", "dropped", "fields", "format", "level", "path", "recent", "waiting", "written",
+    )  # fmt: skip
 
     def __init__(self, path: str | None, level: int = INFO, **fields: object) -> None:
         self.path: str | None = path
@@ -140,6 +184,7 @@ class Logger:
                 pass
         self.level = level
         self.fields = fields
+        self.format: Callable[..., bytes] = format_line
         self.written = 0
         self.dropped = 0
         self._reported = 0
@@ -162,7 +207,7 @@ class Logger:
             lost = self.dropped - self._reported
             if lost:
                 extra["dropped"] = lost
-            line = format_line(level, msg, extra, time.time_ns())
+            line = self.format(level, msg, extra, time.time_ns())
             self._keep(line)
             if self._write(line):
                 self.written += 1
@@ -267,6 +312,7 @@ def init(
     id: str,
     *,
     default_level: str = "info",
+    default_format: str = "logfmt",
     bundle: str = ".",
     env: Mapping[str, str] | None = None,
 ) -> Logger:
@@ -274,6 +320,7 @@ def init(
     """
     path = os.path.join(bundle, "log") if bundle != "." else "log"
     logger = Logger(path, choose_level(debug, default_level, env), namespace=namespace, id=id)
+    logger.format = choose_format(default_format, env)
     set_logger(logger)
     return logger
 

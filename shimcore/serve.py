@@ -406,7 +406,10 @@ def _serve(
     watch_for_crashes(bundle)
     shim = cls(runtime_id, flags, config)
     if not config.no_setup_logger:
-        logger.init(flags.debug, flags.namespace, flags.id, default_level=config.default_log_level)
+        logger.init(
+            flags.debug, flags.namespace, flags.id,
+            default_level=config.default_log_level, default_format=config.log_format,
+        )  # fmt: skip
     if state is None:
         _reap(core, config)
     if socket.spill and (state is None or state["core"]["spill"] is None):

@@ -133,6 +133,14 @@ def test_fields_of_a_line(text: str) -> None:
     assert (found["level"], found["msg"], found["key"], found["n"]) == ("warn", text, text, "5")
 
 
+def test_fields_of_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = logger.format_json(logger.WARN, 'a "b"\n', {"id": "c1", "n": 7, "yes": True}, 0).decode().rstrip("\n")
+    found = follow.fields(line)
+    assert {**found, "time": ""} == {"time": "", "level": "warn", "id": "c1", "n": "7", "yes": "true", "msg": 'a "b"\n'}
+    follow._print_log(line, False)
+    assert capsys.readouterr().out == line + "\n"
+
+
 # --- the parts
 
 

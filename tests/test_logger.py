@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from shimcore import logger as log
+from tests.authors import Make, author
+
+__all__ = ["author"]
 
 LINE = re.compile(
     r'^time="\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z" level=(\w+)((?: [\w.-]+="(?:[^"\\]|\\.)*")*) '
@@ -349,3 +353,63 @@ def test_before_init_lines_are_counted_and_gone(restored: None) -> None:
     log.error("x")
     log.debug("below the level")
     assert (silent.written, silent.dropped) == (0, 1)
+
+
+NASTY = ["a\nb\r\n\tc", 'say "no" \\ \\n', "\x00\x1b[0m\x7f\x85\u2028\u2029", "\udcff\udc80", "\U0001f433 ü", ""]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_json_gives_back_what_was_logged_in_one_line(text: str) -> None:
+    line = log.format_json(log.WARN, text, {"id": text, "n": 7, "big": 2**60, "yes": True, "none": None, "raw": b"\xff"}, 1)
+    assert len(line.splitlines()) == len(line.decode().splitlines()) == 1 and line.endswith(b"}\n")
+    assert json.loads(line) == {
+        "time": "1970-01-01T00:00:00.000000001Z", "level": "warn", "id": text, "n": 7, "big": str(2**60), "yes": True,
+        "none": None, "raw": "b'\\xff'", "msg": text,
+    }  # fmt: skip
+
+
+def test_json_keys_that_would_shadow_or_come_twice() -> None:
+    pairs: list[tuple[str, object]] = json.loads(
+        log.format_json(log.INFO, "m", {"msg": 1, 'a"b': 2, "a_b": 3, "level": 4}, 0), object_pairs_hook=list
+    )
+    assert pairs[2:] == [("fields.msg", 1), ("a_b", 2), ("a_b_", 3), ("fields.level", 4), ("msg", "m")]
+
+
+@pytest.mark.parametrize("char", ["x", '"', "\x01", "ü", "\U0001f433", "\udcff"])
+@pytest.mark.parametrize("fields", [0, 1, 300])
+def test_json_of_any_size_is_one_whole_object(char: str, fields: int) -> None:
+    for size in (500, 900, *range(2900, 3100, 7), *range(3900, 4100, 7), 100_000):
+        line = log.format_json(log.INFO, char * size, {f"k{n}": char * size for n in range(fields)}, 0)
+        assert len(line) <= log.MAX_LINE
+        found = json.loads(line)
+        assert found["msg"] == char * size or re.search(r"\[\.\.\. \d+ more\]$", found["msg"])
+
+
+@pytest.mark.parametrize(
+    ("env", "default", "chosen"),
+    [
+        ({}, "logfmt", log.format_line), ({}, "json", log.format_json),
+        ({"SHIMCORE_LOG_FORMAT": "JSON"}, "logfmt", log.format_json),
+        ({"SHIMCORE_LOG_FORMAT": "logfmt"}, "json", log.format_line), ({"SHIMCORE_LOG_FORMAT": "xml"}, "json", log.format_json),
+        ({}, "xml", log.format_line),
+    ],
+)  # fmt: skip
+def test_the_format_that_is_chosen(env: dict[str, str], default: str, chosen: object) -> None:
+    assert log.choose_format(default, env) is chosen
+
+
+@pytest.mark.parametrize("way", ["environment", "configuration"])
+def test_a_shim_that_logs_json(author: Make, way: str) -> None:
+    source = """
+        class Author(Author):
+            def __init__(self, runtime_id, flags, config):
+                super().__init__(runtime_id, flags, config)
+                config.log_format = "json"
+    """
+    shim = author(source if way == "configuration" else "")
+    address = shim.start(env={"SHIMCORE_LOG_FORMAT": "json"} if way == "environment" else {})
+    lines = shim.look(address, "sys.modules['shimcore.logger'].get_logger().recent")
+    assert not shim.look(address, "'json' in sys.modules")
+    serving = [one for one in map(json.loads, lines) if one["msg"] == "serving"]
+    assert [(one["level"], one["namespace"], one["id"]) for one in serving] == [("info", shim.namespace, "c1")]
+    assert serving[0]["pid"] == shim.pid(address)

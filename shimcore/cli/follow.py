@@ -308,7 +308,9 @@ def _unescaped(match: re.Match[str]) -> str:
 
 
 def fields(line: str) -> dict[str, str]:
-    """The fields of one line of a shim's log."""
+    """The fields of one line of a shim's log, logfmt or JSON."""
+    if line.startswith("{"):
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in json.loads(line).items()}
     return {name: _ESCAPED.sub(_unescaped, quoted) if quoted else bare for name, quoted, bare in _FIELD.findall(line)}
 
 
@@ -316,8 +318,8 @@ def _print_log(line: str, as_json: bool) -> None:
     if as_json:
         print_line(fields(line))
         return
-    level = re.search(r" level=(\w+) ", line)
-    click.secho(line, fg=_LEVELS.get(level[1]) if level else None)
+    level = re.search(r' level=(\w+) |^\{"time":"[^"]*","level":"(\w+)"', line)
+    click.secho(line, fg=_LEVELS.get(level[1] or level[2]) if level else None)
 
 
 @click.command(short_help="What one shim has logged.")
