@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import EADDRINUSE, EAGAIN, ECONNREFUSED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOENT, ENOMEM
+from errno import EADDRINUSE, EAGAIN, ECONNREFUSED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOENT, ENOMEM, ENOTSOCK
 
 from .errors import AlreadyExists, InvalidArgument, NotFound
 
@@ -366,3 +366,15 @@ def noted_socket_dir(bundle: str = ".") -> str:
         return read_file_to_str(os.path.join(bundle, SOCKET_DIR_FILE)) or SOCKET_DIR
     except (FileNotFoundError, NotADirectoryError):
         return SOCKET_DIR
+
+
+def listening_path(fd: int) -> str:
+    """The path of the socket that this fd is, "" when it has none. Raises OSError: it is no socket."""
+    import _socket
+
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise OSError(ENOTSOCK, os.strerror(ENOTSOCK))
+    listener = _socket.socket(fileno=os.dup(fd))
+    name = listener.getsockname()
+    listener.close()
+    return name if isinstance(name, str) else ""

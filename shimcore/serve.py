@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from _thread import allocate_lock
 
 from . import _reaper, logger, monitor
@@ -243,17 +242,13 @@ class _Socket:
     __slots__ = ("_inode", "path", "spill")
 
     def __init__(self, fd: int) -> None:
-        import _socket
+        from .address import listening_path
 
         try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                raise OSError
-            listener = _socket.socket(fileno=os.dup(fd))
+            name = listening_path(fd)
         except OSError:
             raise FailedPrecondition(f"fd {fd} is not a listening socket: a daemon is started by `start`") from None
-        name = listener.getsockname()
-        listener.close()
-        self.path = name if isinstance(name, str) and name.startswith("/") else ""
+        self.path = name if name.startswith("/") else ""
         self._inode = self._look()
         self.spill = spill_path(self.path) if self.path else ""
 
@@ -289,22 +284,6 @@ def new_server(core: _reaper.Core, shim: Shim, task: Task, publisher: RemotePubl
 UPGRADE = "shimcore.v1.Upgrade"
 
 
-class Text:
-    """A message that is bytes and nothing else."""
-
-    __slots__ = ("data",)
-
-    def __init__(self, data: bytes = b"") -> None:
-        self.data = data
-
-    @classmethod
-    def FromString(cls, data: bytes) -> Text:
-        return cls(data)
-
-    def SerializeToString(self) -> bytes:
-        return self.data
-
-
 class Life:
     """A daemon's, as far as an upgrade needs to know (upgrade.py).
 
@@ -335,13 +314,14 @@ class Life:
 
     def serve_upgrades(self) -> None:
         from ._ttrpc import COROUTINE
+        from .wire import Raw
 
-        def handler(request: Text, context: Any) -> Any:
+        def handler(request: Raw, context: Any) -> Any:
             from .upgrade import upgrade
 
             return upgrade(self, request, context)
 
-        self.debug.server.add_service(UPGRADE, {"Upgrade": (COROUTINE, handler, Text)})
+        self.debug.server.add_service(UPGRADE, {"Upgrade": (COROUTINE, handler, Raw)})
 
 
 def serve(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation, ready: Ready | None = None) -> None:

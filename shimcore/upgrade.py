@@ -19,6 +19,7 @@ import sys
 import time
 
 from . import _reaper, jobs, logger
+from .daemon import SOCKET_FD, command
 from .errors import FailedPrecondition, InvalidArgument, ShimError
 from .util import json_dumps, json_loads
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
     from ._ttrpc import Context
     from .bootstrap import Config, Invocation
-    from .serve import Life, Text
+    from .serve import Life
     from .shim import Shim
+    from .wire import Raw
 else:
     import _signal  # the module signal wraps it in enums
 
@@ -99,7 +101,7 @@ def _read(fd: int) -> dict[str, Any]:
 # --- in the daemon that runs
 
 
-async def upgrade(life: Life, request: Text, context: Context) -> Text:
+async def upgrade(life: Life, request: Raw, context: Context) -> Raw:
     """The service's one method. The request is JSON: `to`, the path of a shim's executable ("": what this one was started by),
     and `timeout` in seconds. The new code answers it; here it can only fail."""
     wish = json_loads(request.data) if request.data else {}
@@ -110,19 +112,13 @@ async def upgrade(life: Life, request: Text, context: Context) -> Text:
         raise FailedPrecondition("an upgrade is under way")
     life.upgrading = True
     try:
-        command = [*_command(to), *sys.argv[1:]]
+        argv = [*([to] if to else command()), *sys.argv[1:]]
         began = time.monotonic()
-        version = await _try(command, _collect(life, None), timeout)
-        logger.info("upgrade", to=version, command=command[0])
-        return await _hand_over(life, command, context, began, timeout)
+        version = await _try(argv, _collect(life, None), timeout)
+        logger.info("upgrade", to=version, command=argv[0])
+        return await _hand_over(life, argv, context, began, timeout)
     finally:
         life.upgrading = False
-
-
-def _command(to: str) -> list[str]:
-    from .daemon import command
-
-    return [to] if to else command()
 
 
 def _collect(life: Life, context: Context | None) -> dict[str, Any]:
@@ -258,19 +254,13 @@ def _exec(command: list[str], fds: list[int]) -> NoReturn:
     # Who sends one meanwhile is heard by the new code.
     mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, (_SIGINT, _SIGUSR1, _SIGPIPE, _SIGTERM))
     try:
-        for fd in (_listener(), *fds):
+        for fd in (SOCKET_FD, *fds):
             os.set_inheritable(fd, True)
         os.execve(command[0], command, {**os.environ, VARIABLE: str(fds[-1])})
     finally:
-        for fd in (_listener(), *fds):
+        for fd in (SOCKET_FD, *fds):
             os.set_inheritable(fd, False)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
-
-
-def _listener() -> int:
-    from .daemon import SOCKET_FD
-
-    return SOCKET_FD
 
 
 # --- in the new code
@@ -298,7 +288,7 @@ def rehearse(cls: type[Shim], runtime_id: str, config: Config, invocation: Invoc
 def inherit(fd: int) -> dict[str, Any]:
     """What the old code has left for us."""
     state = _read(fd)
-    for kept in (_listener(), *state["fds"]):
+    for kept in (SOCKET_FD, *state["fds"]):
         os.set_inheritable(kept, False)
     _reaper.nofile_before(tuple(state["nofile"]))
     _reaper.early_signals()

@@ -92,3 +92,19 @@ def string(number: int, value: str | bytes) -> bytes:
 def any(type_url: str, value: bytes) -> bytes:
     """The content of a google.protobuf.Any."""
     return string(1, type_url) + string(2, value)
+
+
+class Raw:
+    """A message that is its bytes: in the place of a protobuf class, for who reads and writes them itself."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+
+    @classmethod
+    def FromString(cls, data: bytes) -> Raw:
+        return cls(data)
+
+    def SerializeToString(self) -> bytes:
+        return self.data

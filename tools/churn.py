@@ -49,6 +49,15 @@ class Given(Exception):
     """The call was given up."""
 
 
+def dump(pids: set[int]) -> None:
+    """What these shims say of themselves when something has gone wrong."""
+    from shimcore.cli import nodes
+
+    for shim in nodes.shims():
+        if shim.pid in pids:
+            print(json.dumps(nodes.look(shim).told)[:20000], flush=True)
+
+
 class Daemon:
     """A pod's shim, kept alive by a container that sleeps. samples: (containers that it has had, private kB)."""
 
@@ -75,11 +84,7 @@ class Daemon:
         deadline = time.monotonic() + HANG
         while len(found := self.fds()) > self.idle_fds:
             if time.monotonic() > deadline:
-                from shimcore.cli import nodes
-
-                for shim in nodes.shims():
-                    if shim.pid == self.anchor.shim_pid:
-                        print(json.dumps(nodes.look(shim).told)[:20000], flush=True)
+                dump({self.anchor.shim_pid})
                 raise TimeoutError(f"{self.idle_fds} open files have become {sorted(found)}")
             time.sleep(0.02)
 
@@ -272,22 +277,13 @@ class Churn:
                 container = life.live()
             except Exception as error:
                 self.failed.append(f"container {number}: {type(error).__name__}: {error}")
-                self._dump()
+                dump({daemon.anchor.shim_pid for daemon in self.daemons})
                 return
             with self._changed:
                 if life.killed:
                     self.untold.add(container.id)
                 if daemon is not None:
                     daemon.had += 1
-
-    def _dump(self) -> None:
-        """What the daemons say of themselves when something has gone wrong."""
-        from shimcore.cli import nodes
-
-        pids = {daemon.anchor.shim_pid for daemon in self.daemons}
-        for shim in nodes.shims():
-            if shim.pid in pids:
-                print(json.dumps(nodes.look(shim).told)[:20000], flush=True)
 
     def check(self) -> None:
         """Events and memory; the daemons are ended then, and what is left is looked for."""

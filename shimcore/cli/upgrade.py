@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from ..errors import ShimError, Unimplemented
-from ..serve import UPGRADE, Text
+from ..serve import UPGRADE
 from ..ttrpc import Client
 from ..upgrade import TIMEOUT
+from ..wire import Raw
 from . import nodes
 from .out import fail, json_option, living, namespace_option, note_of_root, print_json, table
 
@@ -19,7 +20,7 @@ from .out import fail, json_option, living, namespace_option, note_of_root, prin
 START_TIMEOUT = 20.0
 
 
-class _Answer(Text):
+class _Answer(Raw):
     def ParseFromString(self, data: bytes) -> int:
         self.data = bytes(data)
         return len(data)
@@ -29,7 +30,7 @@ def upgrade_one(shim: nodes.Shim, to: str, timeout: float) -> dict[str, Any]:
     """What the shim's new code says: pid, from, to (versions), seconds. Raises NoAnswer with the reason why there is none."""
     if not shim.socket:
         raise nodes.NoAnswer(f"{shim.name} (pid {shim.pid}) has no socket that we may see")
-    wish = Text(json.dumps({"to": to, "timeout": timeout}).encode())
+    wish = Raw(json.dumps({"to": to, "timeout": timeout}).encode())
     try:
         with Client(f"unix://{shim.socket}") as client:
             answer = client.call(UPGRADE, "Upgrade", wish, _Answer, timeout=2 * timeout + START_TIMEOUT)

@@ -154,7 +154,7 @@ void sc_large_begin(sc_server *s)
     sc_conn_ready(s, c, EPOLLIN); /* the rest is most likely there */
 }
 
-ssize_t sc_large_receive(sc_server *s, sc_conn *c, uint8_t *rbuf, const uint8_t **next)
+ssize_t sc_large_receive(sc_server *s, sc_conn *c, uint8_t *rbuf, sc_slice *behind)
 {
     sc_large *l = c->large;
     struct iovec iov[2] = {{l->p + l->got, l->n - l->got}, {rbuf, SC_FEW + l->tail}};
@@ -171,15 +171,14 @@ ssize_t sc_large_receive(sc_server *s, sc_conn *c, uint8_t *rbuf, const uint8_t 
         return -1;
     }
     l->tail -= k;
-    more -= k;
-    *next = rbuf + k;
+    *behind = (sc_slice){rbuf + k, more - k};
     if (l->got == l->n && !l->tail) {
         c->large = NULL;
         c->large_last = true;
         sc_server_request(s, c, &l->h, l->rest.p, l->rest.len, &l);
         sc_large_drop(s, l);
     }
-    return (ssize_t)more + 1; /* more than none even where nothing stands behind it */
+    return n;
 }
 
 /* The server ends: what was given and not begun goes back. */

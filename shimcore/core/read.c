@@ -159,8 +159,9 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
         to = c->in.p + c->in.len;
         room = c->in.cap - c->in.len;
     }
-    const uint8_t *next = NULL;
-    ssize_t n = c->large ? sc_large_receive(s, c, rbuf, &next) : recv(c->fd, to, room, MSG_DONTWAIT);
+    bool apart = c->large;
+    sc_slice behind;
+    ssize_t n = apart ? sc_large_receive(s, c, rbuf, &behind) : recv(c->fd, to, room, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
         return;
     if (n <= 0) {
@@ -175,9 +176,9 @@ static void readable(sc_server *s, sc_conn *c, uint32_t ev)
             sc_conn_drop(s, c);
         return;
     }
-    if (next) {
+    if (apart) {
         if (!c->large)
-            take(s, c, next, (size_t)n - 1);
+            take(s, c, behind.p, behind.n);
     } else if (to == rbuf) {
         take(s, c, to, (size_t)n);
     } else {

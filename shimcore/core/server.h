@@ -186,8 +186,8 @@ void sc_large_plan(sc_server *, sc_conn *);   /* `in` has the beginning of a fra
 void sc_large_begin(sc_server *);             /* with the room that was given */
 void sc_large_forget(sc_server *, sc_conn *); /* receive it like any other, or not at all */
 void sc_large_end(sc_server *);
-/* What recv gives, and next: what stands behind the payload, all but one of the bytes that are returned. */
-ssize_t sc_large_receive(sc_server *, sc_conn *, uint8_t *rbuf, const uint8_t **next);
+/* What recv gives; behind: what came that is not this request's. */
+ssize_t sc_large_receive(sc_server *, sc_conn *, uint8_t *rbuf, sc_slice *behind);
 void sc_large_drop(sc_server *, sc_large *); /* any thread */
 sc_call *sc_conn_call(sc_conn *, uint32_t stream); /* under its lock */
 /* conn.c, for server.c */

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from .._ttrpc import Context
     from ..protos import events_pb2, task_pb2
     from ..publisher import RemotePublisher
-    from .streaming import Message, Streams
+    from ..wire import Raw
+    from .streaming import Streams
 else:
     from ..protos.lazy import events_pb2, task_pb2
 
@@ -64,7 +65,7 @@ class RuncTask(Restore):
                 self._streams = Streams(self.core)
             return self._streams
 
-    def stream(self, requests: object, context: Context) -> AsyncIterator[Message]:
+    def stream(self, requests: object, context: Context) -> AsyncIterator[Raw]:
         """containerd.services.streaming.v1.Streaming/Stream."""
         return self.the_streams().stream(requests, context)
 

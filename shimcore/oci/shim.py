@@ -40,12 +40,6 @@ RUNTIME_TIMEOUT = 3.0
 KILL_TIMEOUT = 0.5
 
 
-class _Unread:
-    """In the place of the class of Stream's messages, which its handler parses itself."""
-
-    FromString = bytes
-
-
 def grouping(spec: dict[str, Any], id: str) -> str:
     """The id under which a container's shim is found: its group's, else its own."""
     annotations = spec.get("annotations")
@@ -104,10 +98,11 @@ class RuncShim(Shim):
         if self._task is None:
             return  # a derived shim with another service of its own: there are no pods in it
         from .._ttrpc import CLIENT_STREAM, COROUTINE, SERVER_STREAM
+        from ..wire import Raw
         from .sandbox import register
 
         register(server, self._task.sandbox)
-        stream = (COROUTINE, self._task.stream, _Unread, CLIENT_STREAM | SERVER_STREAM)
+        stream = (COROUTINE, self._task.stream, Raw, CLIENT_STREAM | SERVER_STREAM)
         server.add_service(STREAMING, {"Stream": stream})
 
     def delete_shim(self) -> DeleteResult:

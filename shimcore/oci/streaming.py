@@ -17,11 +17,11 @@ somebody asks for a stream.
 from __future__ import annotations
 
 import os
-import stat
 from select import EPOLLIN, EPOLLOUT
 
 from .. import logger, wire
 from .._ttrpc import READABLE, WRITABLE
+from ..address import listening_path
 from ..daemon import SOCKET_FD
 from ..errors import AlreadyExists, Canceled, InvalidArgument, ResourceExhausted
 from ..jobs import Op
@@ -46,19 +46,7 @@ WINDOW = 65536  # bytes of stdin that are held for a process that does not read
 CLOSE_GRACE = 1.0  # seconds from CloseIO to the end of stdin, unless its stream ends before
 
 
-class Message:
-    """What the client sends, as it is, and what it is sent; in the place of google.protobuf.Any."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def SerializeToString(self) -> bytes:
-        return self._data
-
-
-ACK = Message(wire.any("type.googleapis.com/google.protobuf.Empty", b""))
+ACK = wire.Raw(wire.any("type.googleapis.com/google.protobuf.Empty", b""))
 
 
 def _content(raw: bytes) -> tuple[str, dict[int, int | bytes]]:
@@ -520,7 +508,7 @@ class Streams:
 
     # --- the client's side, on the RPC thread
 
-    async def stream(self, requests: object, context: Context) -> AsyncIterator[Message]:
+    async def stream(self, requests: object, context: Context) -> AsyncIterator[wire.Raw]:
         """Streaming/Stream."""
         call = Call(self.core, context)
         kind, fields = _content(await call.next())
@@ -565,17 +553,10 @@ class Streams:
 
 def _own_path() -> str:
     """Of the socket that this daemon was started with, "" when there is none."""
-    import _socket
-
     try:
-        if not stat.S_ISSOCK(os.fstat(SOCKET_FD).st_mode):
-            return ""
-        listener = _socket.socket(fileno=os.dup(SOCKET_FD))
+        return listening_path(SOCKET_FD)
     except OSError:
         return ""
-    name = listener.getsockname()
-    listener.close()
-    return name if isinstance(name, str) else ""
 
 
 def _same(path: str, own: str) -> bool:
