@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Pages whose programs stand with what they print.
+PROGRAMS = ["contract.md", "ttrpc.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n\nprints\n\n```\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["ttrpc.md"])
+@pytest.mark.parametrize("page", PROGRAMS)
 def test_a_program_prints_what_is_said(page: str, tmp_path: Path) -> None:
     programs = BLOCK.findall((ROOT / "docs" / page).read_text())
     assert programs
@@ -70,3 +72,15 @@ def test_modules_of_the_api_page_are_there() -> None:
     for name, members in blocks:
         module = importlib.import_module(name)
         assert [member for member in members.split(", ") if member and not hasattr(module, member)] == []
+
+
+def test_the_pictures_are_what_their_script_draws() -> None:
+    done = subprocess.run([sys.executable, "-m", "tools.pictures", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_life_that_is_drawn_is_one_that_was_lived() -> None:
+    """The order of events in the picture of a container's life is what the page's own program was told."""
+    drawn = re.findall(r">(/tasks/[a-z]+)<", (ROOT / "docs" / "contract-life.svg").read_text())
+    program, told = BLOCK.findall((ROOT / "docs" / "contract.md").read_text())[0]
+    assert drawn == [line.split()[0] for line in told.splitlines() if line.endswith(" init")]
