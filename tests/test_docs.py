@@ -75,12 +75,13 @@ def test_modules_of_the_api_page_are_there() -> None:
 
 
 def test_the_pictures_are_what_their_script_draws() -> None:
-    done = subprocess.run([sys.executable, "-m", "tools.pictures", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "tools.pictures", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_the_life_that_is_drawn_is_one_that_was_lived() -> None:
     """The order of events in the picture of a container's life is what the page's own program was told."""
     drawn = re.findall(r">(/tasks/[a-z]+)<", (ROOT / "docs" / "contract-life.svg").read_text())
-    program, told = BLOCK.findall((ROOT / "docs" / "contract.md").read_text())[0]
+    _, told = BLOCK.findall((ROOT / "docs" / "contract.md").read_text())[0]
     assert drawn == [line.split()[0] for line in told.splitlines() if line.endswith(" init")]

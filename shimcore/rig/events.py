@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from shimcore.protos import anys, events_pb2, forward_pb2
 from shimcore.ttrpc import codec
@@ -39,9 +41,14 @@ _KINDS: dict[str, type[Message]] = {
 
 
 def message_of(packed: Any) -> Any:
-    """The event in an envelope's Any; the Any itself when it is of a kind that is not known here. Raises DecodeError."""
+    """The event in an envelope's Any; the Any itself when nobody has imported its kind. Raises DecodeError."""
     kind = _KINDS.get(anys.name(packed))
-    return kind.FromString(packed.value) if kind else packed
+    if kind is None:
+        try:
+            kind = GetMessageClass(descriptor_pool.Default().FindMessageTypeByName(anys.name(packed)))
+        except KeyError:
+            return packed
+    return kind.FromString(packed.value)
 
 
 class EventError(Exception):
@@ -53,7 +60,7 @@ class Event:
     """One event that arrived.
 
     at: when its last byte was read, monotonic ns. sent: the envelope's own timestamp, ns since 1970.
-    message: the event; of a kind that is not known here, the Any. answered: whether it was acknowledged.
+    message: the event; of a kind that nobody has imported, the Any. answered: whether it was acknowledged.
     connection: number of the connection it came on, from 1. raw: the request's bytes as they came, envelope and all,
     so that a replay can be compared.
     """

@@ -86,9 +86,23 @@ def pictures() -> dict[str, str]:
     }
     drawn = {name: sequence(title, text.splitlines(), column) for name, (title, text, column) in made.items()}
     drawn["contract-states.svg"] = states(
-        "What State says of a task", (800, 190),
-        {"(none)": (60, 90), "CREATED": (220, 90), "RUNNING": (400, 90), "STOPPED": (590, 90), "PAUSED": (400, 160), "(gone)": (735, 90)},
-        [("(none)", "CREATED", "Create"), ("CREATED", "RUNNING", "Start"), ("RUNNING", "STOPPED", "init ends"),
-         ("STOPPED", "(gone)", "Delete"), ("RUNNING", "PAUSED", "Pause"), ("PAUSED", "RUNNING", "Resume")],
-    )  # fmt: skip
+        "What State says of a task",
+        (800, 190),
+        {
+            "(none)": (60, 90),
+            "CREATED": (220, 90),
+            "RUNNING": (400, 90),
+            "STOPPED": (590, 90),
+            "PAUSED": (400, 160),
+            "(gone)": (735, 90),
+        },
+        [
+            ("(none)", "CREATED", "Create"),
+            ("CREATED", "RUNNING", "Start"),
+            ("RUNNING", "STOPPED", "init ends"),
+            ("STOPPED", "(gone)", "Delete"),
+            ("RUNNING", "PAUSED", "Pause"),
+            ("PAUSED", "RUNNING", "Resume"),
+        ],
+    )
     return drawn

@@ -25,17 +25,19 @@ _STYLE = (
     ".call{stroke:#bbb}marker path{fill:#bbb}marker.e path,.event{fill:#f0837f}.event{stroke:#f0837f;fill:none}}"
 )
 _MARKERS = (
-    '<defs><marker id="m" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z"/>'
-    '</marker><marker id="e" class="e" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
-    '<path d="M0 0L8 4L0 8z"/></marker></defs>'
+    '<defs><marker id="m" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+    '<path d="M0 0L8 4L0 8z"/></marker><marker id="e" class="e" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="6" '
+    'markerHeight="6" orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>'
 )
 _ROW, _TOP, _CHAR = 30, 84, 6.3
 _LINE = re.compile(r"(?P<a>.+?) (?P<arrow>->|-->|~>) (?P<b>[^:]+): (?P<words>.*)")
 
 
 def _page(title: str, width: float, height: float, parts: Iterable[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">'
-    return "\n".join([head, f"<style>{_STYLE}</style>{_MARKERS}", f'<text class="t" x="8" y="24">{escape(title)}</text>', *parts, "</svg>", ""])
+    box = f'viewBox="0 0 {width:.0f} {height:.0f}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(title)}">'
+    heading = f'<text class="t" x="8" y="24">{escape(title)}</text>'
+    return "\n".join([head, f"<style>{_STYLE}</style>{_MARKERS}", heading, *parts, "</svg>", ""])
 
 
 def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> str:
@@ -90,7 +92,10 @@ def states(title: str, size: tuple[int, int], places: dict[str, tuple[int, int]]
             dx = 14 * side  # there and back do not lie on each other
             x1, y1, x2, y2 = ax + dx, ay - 4 + side * 11, bx + dx, by - 4 - side * 11
         parts.append(f'<line class="call" x1="{x1:.0f}" y1="{y1}" x2="{x2:.0f}" y2="{y2}" marker-end="url(#m)"/>')
-        parts.append(_text((x1 + x2) / 2, y1 - 8, words) if ay == by else _text(x1 + 8 * side, (y1 + y2) / 2 + 4, words, anchor="start" if side > 0 else "end"))
+        if ay == by:
+            parts.append(_text((x1 + x2) / 2, y1 - 8, words))
+        else:
+            parts.append(_text(x1 + 8 * side, (y1 + y2) / 2 + 4, words, anchor="start" if side > 0 else "end"))
     for name, (x, y) in places.items():
         parts += _box(x, y, name, "box", 2 * half[name])
     return _page(title, *size, parts)
