@@ -46,7 +46,7 @@ def test_G8_every_shim_is_found_and_asked_without_containerd(lab: Lab, rootfs: P
             f"Error: containerd-shim-runc-v2 (pid {theirs.shim_pid}) has no debug socket\n"
         )
         text = cli("ps")
-        assert text.splitlines()[0].split() == "PID SHIM NAMESPACE ID CONTAINERS PROCESSES UNSENT MEMORY AGE".split()
+        assert text.splitlines()[0].split() == "PID SHIM NAMESPACE ID CONTAINERS SANDBOX PROCESSES UNSENT MEMORY AGE".split()
         assert len(text.splitlines()) >= 3
         theirs.task.kill(9)
         theirs.wait()

@@ -26,25 +26,39 @@ def ps(namespace: str, as_json: bool) -> None:
     if as_json:
         print_json([{**asdict(shim), "told": None, **_summary(shim)} for shim in found])
         return
-    rows = [["PID", "SHIM", "NAMESPACE", "ID", "CONTAINERS", "PROCESSES", "UNSENT", "MEMORY", "AGE"]]
+    rows = [["PID", "SHIM", "NAMESPACE", "ID", "CONTAINERS", "SANDBOX", "PROCESSES", "UNSENT", "MEMORY", "AGE"]]
     for shim in found:
         summary = _summary(shim)
         rows.append(
             [str(shim.pid), shim.name, shim.namespace, shim.id]
-            + ["-" if summary[key] is None else str(summary[key]) for key in ("containers", "processes", "unsent")]
+            + ["-" if summary["containers"] is None else str(summary["containers"]), _word(summary["sandbox"])]
+            + ["-" if summary[key] is None else str(summary[key]) for key in ("processes", "unsent")]
             + ["-" if summary["private"] is None else f"{summary['private'] / 1048576:.1f}M"]
             + ["-" if summary["age"] is None else age(summary["age"])]
         )
     table(rows)
 
 
+def _sandbox(told: dict[str, Any]) -> dict[str, Any] | None:
+    """The sandbox that a shim is; None: it is none, or an author's service or an older shimcore says nothing of it."""
+    task = told["task"]
+    found = task.get("sandbox") if isinstance(task, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _word(state: str | None) -> str:
+    """SANDBOX_READY is ready."""
+    return state.removeprefix("SANDBOX_").lower() if state else "-"
+
+
 def _summary(shim: nodes.Shim) -> dict[str, Any]:
     told = shim.told
     if not told:
-        return dict.fromkeys(("containers", "processes", "unsent", "private", "age"))
+        return dict.fromkeys(("containers", "sandbox", "processes", "unsent", "private", "age"))
     alive = [one for one in told["processes"] if one["phase"] in ("opened", "bound", "exited")]
     return {
         "containers": len({one["container"] for one in told["processes"]}),
+        "sandbox": (_sandbox(told) or {}).get("state"),
         "processes": len(alive),
         "unsent": told["core"]["queued"] + told["core"]["in_flight"],
         "private": told["memory"].get("private"),
@@ -110,10 +124,15 @@ def inspect(shim: str, as_json: bool) -> None:
     except nodes.NoAnswer as error:
         fail(error)
     if as_json:
-        print_json({"processes": told["processes"], "exits": told["exits"], "task": told["task"]})
+        parts = {"sandbox": _sandbox(told), "processes": told["processes"], "exits": told["exits"], "task": told["task"]}
+        print_json(parts)
         return
     click.echo(f"{told['runtime']}, pid {told['pid']}, shimcore {told['shimcore']}, Python {told['python']}")
-    click.echo(f"bundle {told['bundle']}\nsocket {told['socket']}\n")
+    click.echo(f"bundle {told['bundle']}\nsocket {told['socket']}")
+    if sandbox := _sandbox(told):
+        ended = f", exit status {sandbox['exit_status']}" if "exit_status" in sandbox else ""
+        click.echo(f"sandbox {sandbox['id']}, {_word(sandbox['state'])}, pid {sandbox['pid']}{ended}")
+    click.echo()
     rows = [["CONTAINER", "EXEC", "PID", "PHASE", "STATUS", "EXIT"]]
     for one in told["processes"]:
         ended = str(one["exit_status"]) if "exit_status" in one else ""

@@ -20,6 +20,7 @@ from ..address import DEBUG_SUFFIX
 # containerd makes a shim's name from the runtime's: io.containerd.runc.v2 -> containerd-shim-runc-v2.
 NAME = re.compile(r"containerd-shim-[^/]+-v\d[^/]*")
 TIMEOUT = 5.0  # seconds for a shim to answer
+_READS_MAX = 5
 LISTEN_TIMEOUT = 0.5  # seconds from a socket's binding to its listening
 
 
@@ -72,13 +73,38 @@ def _link(path: str) -> str:
 
 
 def listeners() -> dict[str, str]:
-    """Path to inode of every unix socket that has a path and listens (/proc/net/unix, flags 00010000)."""
-    found = {}
-    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
-        fields = line.split(None, 7)
-        if len(fields) == 8 and fields[3] == "00010000":
-            found[fields[7]] = fields[6]
+    """Path to inode of every unix socket that has a path and listens (/proc/net/unix, flags 00010000).
+
+    That file is of one network namespace (network_namespaces(7)), while a socket with a path may be connected to from any: each
+    namespace of a process that we may look at is read. While sockets come and go the kernel may leave out others between two of a
+    read's pages: it is read until nothing is added, and what one read has seen counts.
+    """
+    found: dict[str, str] = {}
+    seen = set()
+    for name in ["self", *(name for name in os.listdir("/proc") if name.isdigit())]:
+        space = _link(f"/proc/{name}/ns/net")
+        if not space or space in seen:
+            continue
+        try:
+            for _ in range(_READS_MAX):
+                before = len(found)
+                found |= _listening(_unix_sockets(name))
+                if len(found) == before and space in seen:
+                    break
+                seen.add(space)
+        except OSError:
+            continue  # gone: another of its namespace may be there
     return found
+
+
+def _unix_sockets(pid: str) -> str:
+    """The unix sockets of this process's network namespace. Raises OSError."""
+    return Path(f"/proc/{pid}/net/unix").read_text(errors="replace")
+
+
+def _listening(text: str) -> dict[str, str]:
+    lines = (line.split(None, 7) for line in text.splitlines()[1:])
+    return {fields[7]: fields[6] for fields in lines if len(fields) == 8 and fields[3] == "00010000"}
 
 
 def _sockets_of(pid: int) -> set[str]:

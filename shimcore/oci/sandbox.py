@@ -80,6 +80,23 @@ class Sandbox:
     def _ready(self) -> bool:
         return self.pid != 0 and not self.ended.is_set()
 
+    @property
+    def _state(self) -> str:
+        """As SandboxStatus spells it."""
+        return READY if self._ready else NOT_READY
+
+    def describe(self) -> dict[str, object] | None:
+        """For the dump; None when there is no sandbox. Times are ns since the epoch. On any thread."""
+        if not self.alive:
+            return None
+        facts: dict[str, object] = {"id": self.id, "state": self._state, "pid": self.pid, "netns": self.netns}
+        facts["bundle"] = self.bundle
+        if self.created_at:
+            facts["created_at_ns"] = self.created_at
+        if self.ended.is_set():
+            facts |= {"exit_status": self.exit_status, "exited_at_ns": self.exited_at}
+        return facts
+
     # --- the life of a sandbox
 
     async def create_sandbox(self, request: pb.CreateSandboxRequest, context: Context) -> pb.CreateSandboxResponse:
@@ -154,8 +171,7 @@ class Sandbox:
 
     async def sandbox_status(self, request: pb.SandboxStatusRequest, context: Context) -> pb.SandboxStatusResponse:
         self._check(request.sandbox_id)
-        state = READY if self._ready else NOT_READY
-        response = pb.SandboxStatusResponse(sandbox_id=self.id, pid=self.pid, state=state)
+        response = pb.SandboxStatusResponse(sandbox_id=self.id, pid=self.pid, state=self._state)
         if self.created_at:
             convert_to_timestamp(self.created_at, response.created_at)
         if self.ended.is_set():

@@ -80,8 +80,9 @@ class RuncTask(Restore):
             slot.cookie.ended(self.core)
 
     def describe(self) -> dict[str, object]:
-        """The containers, and which of them wait for the runtime."""
+        """The sandbox that this shim may be, the containers, and which of them wait for the runtime."""
         return {
+            "sandbox": self.sandbox.describe(),
             "containers": {
                 container.id: {
                     "bundle": container.bundle,
@@ -95,7 +96,7 @@ class RuncTask(Restore):
                     "output": _output(container),
                 }
                 for container in list(self.containers.values())
-            }
+            },
         }
 
     def counters(self) -> dict[str, tuple[str, int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shimcore.cli import nodes
 from shimcore.testing.leaks import RUNC, Guard
 from tests.containerd.conftest import TRAPPED
 from tests.containerd.cri import CNI, SUBNET, Cri, Pod, containerd_version, crictl_path
@@ -107,6 +108,18 @@ def test_cri_a_pod_from_run_to_remove(cri: Cri, new_pod: NewPod) -> None:
     pod.containers.remove(made)
     cri.crictl("stopp", pod.id)
     assert pod.state == "SANDBOX_NOTREADY"
+
+
+# red: the shim's sockets are in the network namespace of this containerd, which is not ours
+def test_cri_the_shims_tell_of_themselves(cri: Cri, new_pod: NewPod, handler: str) -> None:
+    if handler == "stock":
+        pytest.skip("the stock shim has no debug socket")
+    pod = new_pod()
+    (shim,) = [nodes.look(one) for one in nodes.shims("k8s.io") if one.id == pod.id]
+    wanted = {"id": pod.id, "state": "SANDBOX_READY"} if handler in BY_SHIM else None
+    told = shim.told["task"]["sandbox"]
+    assert (told and {key: told[key] for key in ("id", "state")}) == wanted
+    assert nodes.containers(shim) == ([] if handler in BY_SHIM else [pod.id])
 
 
 @pytest.mark.parametrize("handler", ["shimcore", "shimcore-sandbox"])
