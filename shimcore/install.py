@@ -73,6 +73,11 @@ def needed_paths(module: str) -> list[str]:
     return list(dict.fromkeys(str(path) for path in found))
 
 
+def free_threaded() -> bool:
+    """Whether this interpreter is one that can do without its lock (PEP 703)."""
+    return "t" in getattr(sys, "abiflags", "")
+
+
 def script(runtime_id: str, shim: str, paths: Sequence[str], interpreter: str) -> str:
     """The executable's text. Raises InvalidArgument for a `shim` that isn't module:Class, or a path no script
     can hold.
@@ -82,13 +87,15 @@ def script(runtime_id: str, shim: str, paths: Sequence[str], interpreter: str) -
         raise InvalidArgument(f"a shim is named module:Class, not {shim!r}")
     if not os.path.isabs(interpreter) or any(c in interpreter for c in "\n\r\\"):
         raise InvalidArgument(f"not usable as an interpreter: {interpreter!r}")
-    first = f"#!{interpreter} -IS"
+    # A free-threaded interpreter that is told to keep its lock does not warn of taking it back.
+    flags = "-ISXgil=1" if free_threaded() else "-IS"
+    first = f"#!{interpreter} {flags}"
     if len(os.fsencode(first)) > MAX_SHEBANG or any(c.isspace() for c in interpreter):
         # For sh the second line is an exec, for Python the second and third are one string.
         quoted = shlex.quote(interpreter)
         if "'''" in quoted:
             raise InvalidArgument(f"not usable as an interpreter: {interpreter!r}")
-        first = f"#!/bin/sh\n'''exec' {quoted} -IS \"$0\" \"$@\"\n' '''"
+        first = f"#!/bin/sh\n'''exec' {quoted} {flags} \"$0\" \"$@\"\n' '''"
     return (
         f"{first}\n"
         "import sys\n\n"

@@ -111,7 +111,7 @@ class Interpreter:
 
     @property
     def name(self) -> str:
-        return f"{self.facts['full']} ({self.root.name if self.root else 'here'}{', musl' if self.libc == 'musl' else ''})"
+        return f"{self.facts['full']} ({self.root.name if self.root else 'here'}{', musl' if self.libc == 'musl' else ''}{', free-threaded' if self.free else ''})"
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -120,6 +120,11 @@ class Interpreter:
     @property
     def libc(self) -> str:
         return "gnu" if self.facts["glibc"] else "musl"
+
+    @property
+    def free(self) -> bool:
+        """Whether it can do without its lock (PEP 703), and so has extension modules of its own kind."""
+        return bool(self.facts["free"])
 
     @property
     def arch(self) -> str:
@@ -163,7 +168,7 @@ def interpreters(named: Sequence[str], suites: Sequence[str]) -> list[Interprete
                 sys.exit(f"{path} is no CPython of {'.'.join(map(str, OLDEST))} or later that runs here")
             continue
         if headers(one) is not None:
-            found.setdefault((one.version, one.libc, one.facts["free"]), one)
+            found.setdefault((one.version, one.libc, one.free), one)
     return sorted(found.values(), key=lambda one: (one.libc, one.version))
 
 
@@ -195,7 +200,7 @@ def headers(one: Interpreter) -> Path | None:
     there = Path(f"{one.root or ''}{one.facts['include']}")
     if not (there / "Python.h").exists():
         return None
-    copy = WORK / "include" / f"{one.facts['full']}-{one.libc}"
+    copy = WORK / "include" / f"{one.facts['full']}{'t' * one.free}-{one.libc}"
     if not copy.exists():
         shutil.copytree(there, copy)
         # Debian keeps what differs between machines elsewhere; none of it does between those that are built for.
@@ -282,8 +287,11 @@ def look(wheel: Path, target: Target) -> str:
 def try_it(wheel: Path, one: Interpreter) -> str:
     """Installs it into a new environment and runs the smoke tests; what they counted. Raises Failed."""
     plat = next(target.plat for target in TARGETS if (target.arch, target.libc) == (one.arch, one.libc))
-    run(TOOLS / "bin/python", "-m", "pip", "download", "-q", "--only-binary=:all:", "--no-deps", "-d", WORK / "needs",
-        "--python-version", one.facts["version"], "--platform", plat, "--platform", "any", "protobuf>=5.29,<8")  # fmt: skip
+    # For a free-threaded interpreter protobuf has its pure-Python wheel alone.
+    kinds = ["--abi", "none", "--platform", "any"] if one.free else ["--platform", plat, "--platform", "any"]
+    needs = WORK / ("needs-free" if one.free else "needs")
+    run(TOOLS / "bin/python", "-m", "pip", "download", "-q", "--only-binary=:all:", "--no-deps", "-d", needs,
+        "--python-version", one.facts["version"], *kinds, "protobuf>=5.29,<8")  # fmt: skip
     venv = WORK / "venv"
     shutil.rmtree(venv, ignore_errors=True)
     try:
@@ -291,7 +299,7 @@ def try_it(wheel: Path, one: Interpreter) -> str:
         python = Interpreter(str(venv / "bin/python"), one.root, one.facts)
         # The environment has nothing but what the wheel brings: pip itself is the tools'.
         python.run("-m", "pip", "--isolated", "install", "-q", "--disable-pip-version-check", "--no-index", "--only-binary=:all:",
-                   "--find-links", WORK / "needs", wheel, env={"PYTHONPATH": str(site())})  # fmt: skip
+                   "--find-links", needs, wheel, env={"PYTHONPATH": str(site())})  # fmt: skip
         return python.run(WORK / "smoke.py", env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"})
     finally:
         shutil.rmtree(venv, ignore_errors=True)
@@ -327,13 +335,10 @@ def counted(output: str, row: Row) -> None:
 def made(source: Path, all_of_them: list[Interpreter], targets: list[Target]) -> tuple[list[Row], bool]:
     """A row for each wheel and each reason, and whether all went well."""
     rows, good = [], True
-    by_kind = {(one.version, one.libc): one for one in all_of_them if not one.facts["free"]}
+    by_kind = {(one.version, one.libc, one.free): one for one in all_of_them}
     for one in all_of_them:
-        if one.facts["free"]:
-            rows.append(Row(one.name, "all", note="not built: the modules need the interpreter's lock"))
-            continue
         for target in targets:
-            if one.libc == "musl" and (target.libc != "musl" or by_kind.get((one.version, "gnu"))):
+            if one.libc == "musl" and (target.libc != "musl" or by_kind.get((one.version, "gnu", one.free))):
                 continue  # the same wheel is built by an interpreter with glibc
             row = Row(one.name, target.plat)
             rows.append(row)
@@ -343,7 +348,7 @@ def made(source: Path, all_of_them: list[Interpreter], targets: list[Target]) ->
                 print(f"built {wheel.name}", flush=True)
                 if wrong := look(wheel, target):
                     raise Failed(wrong)
-                user = by_kind.get((one.version, target.libc), one)
+                user = by_kind.get((one.version, target.libc, one.free), one)
                 row.note = reason(user, target)
                 if not row.note:
                     counted(try_it(wheel, user), row)
@@ -368,7 +373,7 @@ def main() -> int:
     parser.add_argument("--suite", action="append", default=[], help="a Debian suite, with all its interpreters; may be repeated")
     parser.add_argument("--target", action="append", choices=[one.plat for one in TARGETS], help="default: all")
     options = parser.parse_args()
-    for name in ("dist", "src", "needs"):
+    for name in ("dist", "src", "needs", "needs-free"):
         shutil.rmtree(WORK / name, ignore_errors=True)
     WORK.mkdir(parents=True, exist_ok=True)
     if not (TOOLS / ".done").exists():
