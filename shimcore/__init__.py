@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-# What a call's waiters and its Context share is kept together by the interpreter's lock alone. A free-threaded interpreter takes it
-# back when it loads a module of ours, unless it was told not to.
+# What a call's waiters and its Context share is kept together by the interpreter's lock alone. A free-threaded interpreter takes
+# it back when it loads a module of ours, unless it was told not to.
 if getattr(sys.flags, "gil", None) == 0:
     raise ImportError("shimcore needs the interpreter's lock (GIL): unset PYTHON_GIL=0, or leave -X gil=0 away")
 

@@ -178,3 +178,18 @@ def test_command(author: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "there is no module nothing_there" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         i.main(["--dest", dest, "authors_shim:Foo"])
+
+
+def test_a_lock_that_is_forced_off_is_refused() -> None:
+    program = "import sys, types; sys.flags = types.SimpleNamespace(gil=0, optimize=0)\nimport shimcore"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith(
+        "ImportError: shimcore needs the interpreter's lock (GIL): unset PYTHON_GIL=0, or leave -X gil=0 away\n"
+    )
+
+
+def test_a_free_threaded_interpreter_is_told_to_keep_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "abiflags", "t")
+    assert i.script("io.containerd.x.v1", "x:X", [], "/usr/bin/python3.14t").startswith("#!/usr/bin/python3.14t -ISXgil=1\n")
+    monkeypatch.setattr(sys, "abiflags", "")
+    assert i.script("io.containerd.x.v1", "x:X", [], "/usr/bin/python3.14").startswith("#!/usr/bin/python3.14 -IS\n")

@@ -111,7 +111,8 @@ class Interpreter:
 
     @property
     def name(self) -> str:
-        return f"{self.facts['full']} ({self.root.name if self.root else 'here'}{', musl' if self.libc == 'musl' else ''}{', free-threaded' if self.free else ''})"
+        kind = (", musl" if self.libc == "musl" else "") + (", free-threaded" if self.free else "")
+        return f"{self.facts['full']} ({self.root.name if self.root else 'here'}{kind})"
 
     @property
     def version(self) -> tuple[int, ...]:
