@@ -181,7 +181,13 @@ def test_command(author: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_lock_that_is_forced_off_is_refused() -> None:
-    program = "import sys, types; sys.flags = types.SimpleNamespace(gil=0, optimize=0)\nimport shimcore"
+    program = """import sys
+class Flags:
+    gil = 0
+    def __getattr__(self, name, flags=sys.flags):
+        return getattr(flags, name)
+sys.flags = Flags()
+import shimcore"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.endswith(
         "ImportError: shimcore needs the interpreter's lock (GIL): unset PYTHON_GIL=0, or leave -X gil=0 away\n"
