@@ -74,6 +74,8 @@ def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
     from .jobs import Task as Coroutine
     from .task import kind_of
 
+    teardown = task._served("teardown")
+
     def done(_: Any, error: BaseException | None) -> None:
         if error is not None:
             logger.error("teardown failed", id=slot.container_id, exec_id=slot.exec_id, error=one_line(error))
@@ -81,14 +83,14 @@ def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
 
     def in_pool() -> None:
         try:
-            task.teardown(slot)
+            teardown(slot)
         except BaseException as error:
             done(None, error)
         else:
             done(None, None)
 
-    if kind_of(task.teardown) == COROUTINE:
-        Coroutine(core, task.teardown(slot), done).step()  # type: ignore[arg-type]
+    if kind_of(teardown) == COROUTINE:
+        Coroutine(core, teardown(slot), done).step()
     else:
         core.pool.submit(in_pool)
 
@@ -104,6 +106,13 @@ def _note(
         if asked and task is not None and task.native and not _alive(core) and not task.holds():
             end()
 
+    def tell(task: Task, hook: str, *args: Any) -> None:
+        made = task._served(hook)(*args)
+        if made is not None:
+            from .jobs import Task as Coroutine
+
+            Coroutine(core, made).step()
+
     if task is not None:
         task._let_go = end_if_asked
 
@@ -112,19 +121,19 @@ def _note(
         if kind == _reaper.NOTE_PID:
             monitor.monitor_notify_by_pid(note[1], note[2])
             if task is not None:
-                task.on_pid(note[1], note[2])
+                tell(task, "on_pid", note[1], note[2])
         elif kind == _reaper.NOTE_TOLD:
             slot = note[1]
             monitor.monitor_notify_by_exec(slot.container_id, slot.exec_id, slot.exit_status)
             if task is not None:
-                task.on_exit(slot)
+                tell(task, "on_exit", slot)
             end_if_asked()
         elif kind == _reaper.NOTE_TEARDOWN and task is not None:
             _tear_down(core, task, note[1])
         elif kind == _reaper.NOTE_SIGNAL:
             _log_signal(note[1])
             if task is not None:
-                task.on_signal(note[1])
+                tell(task, "on_signal", note[1])
             if note[1] == _SIGTERM:
                 asked.append(note[1])
                 end_if_asked()
@@ -395,7 +404,7 @@ def _serve(
     if socket.spill and (state is None or state["core"]["spill"] is None):
         core.spill(socket.spill)
     publisher = RemotePublisher(core, flags.namespace)
-    task = shim.create_task_service(publisher)
+    task = shim._make_task(publisher, False)
     server = new_server(core, shim, task, publisher)
     server.add_listener(SOCKET_FD)
     debug = Debug(core, server, task, runtime_id=runtime_id, flags=flags, bundle=bundle, socket=socket.path)
@@ -438,5 +447,6 @@ def _serve(
         debug.close()
         socket.remove()  # soon: whoever starts a shim of this name now must not find one that is about to end
         server.shutdown(SHUTDOWN_TIMEOUT)
+        shim._end()
         core.drain(SHUTDOWN_TIMEOUT)
         no_crash(bundle)

@@ -79,6 +79,14 @@ class Shim:
         """The service that the daemon serves."""
         raise NotImplementedError(f"{type(self).__name__}.create_task_service")
 
+    # For a flavour that has more to begin and to end than the server (aio). trial: of an upgrade, which serves nothing.
+
+    def _make_task(self, publisher: RemotePublisher, trial: bool) -> Task:
+        return self.create_task_service(publisher)
+
+    def _end(self) -> None:
+        """Once calls are served no more."""
+
     def register_services(self, server: Server, publisher: RemotePublisher) -> None:
         """Register services besides Task, if the shim has any."""
 

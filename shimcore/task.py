@@ -83,8 +83,9 @@ class Task:
         Write it to undo what must be undone by the time that containerd hears of the exit. When teardown_timeout has passed the
         exit is told all the same. For shims that give their processes to the exit table."""
 
-    def on_exit(self, slot: Slot) -> None:
-        """Called on the RPC thread after the exit of a slot's process was told; must not block."""
+    def on_exit(self, slot: Slot) -> Coroutine[Any, Any, None] | None:
+        """Called on the RPC thread after the exit of a slot's process was told; must not block. It may be a coroutine, as on_pid
+        and on_signal may."""
 
     def describe(self) -> dict[str, object]:
         """What a state dump says of this service: anything that JSON can hold, but no secrets (environments, arguments). Called
@@ -117,7 +118,7 @@ class Task:
     def go_on(self) -> None:
         """Go on: after `take_over`, once children are watched, or after a `hand_over` that has led to nothing."""
 
-    def on_pid(self, pid: int, status: int) -> None:
+    def on_pid(self, pid: int, status: int) -> Coroutine[Any, Any, None] | None:
         """Called on the RPC thread when a child was reaped (not with `native`): status is its code, or 128 + signal."""
 
     def holds(self) -> bool:
@@ -132,8 +133,12 @@ class Task:
 
     _let_go: Callable[[], None] | None = None  # set by who serves
 
-    def on_signal(self, signum: int) -> None:
+    def on_signal(self, signum: int) -> Coroutine[Any, Any, None] | None:
         """Called on the RPC thread when the shim got SIGTERM, SIGINT or SIGPIPE, which have been logged; must not block."""
+
+    def _served(self, name: str) -> Any:
+        """The method of this name as a server is to call it, None: there is none. Another flavour gives its own (aio)."""
+        return getattr(self, name, None)
 
 
 def register(server: Server, task: Task, services: tuple[str, ...] = (TASK_V2, TASK_V3)) -> None:
@@ -142,7 +147,7 @@ def register(server: Server, task: Task, services: tuple[str, ...] = (TASK_V2, T
 
     methods = {}
     for rpc, (name, message) in RPCS.items():
-        handler = getattr(task, name, None)
+        handler = task._served(name)
         if handler is not None:
             methods[rpc] = (kind_of(handler), handler, Message(task_pb2, message))
     for service in services:

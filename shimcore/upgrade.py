@@ -279,7 +279,7 @@ def rehearse(cls: type[Shim], runtime_id: str, config: Config, invocation: Invoc
     core.restore(state["core"])
     shim = cls(runtime_id, invocation.flags, config)
     publisher = RemotePublisher(core, invocation.flags.namespace)
-    task = shim.create_task_service(publisher)
+    task = shim._make_task(publisher, True)
     task.take_over(state["task"])
     serve.new_server(core, shim, task, publisher)
     return f"{_READY}{__version__}\n".encode()

@@ -128,7 +128,7 @@ class Installed:
             pidfd = os.pidfd_open(self.pid(address))
         except (Closed, ProcessLookupError):
             return
-        with Client(address) as client, contextlib.suppress(Closed):
+        with contextlib.suppress(Closed), Client(address) as client:
             client.call(TASK, "Shutdown", task_pb2.ShutdownRequest(id="c1"), timeout=HANG)
         assert select.select([pidfd], [], [], HANG)[0], "the daemon does not end"
         os.close(pidfd)

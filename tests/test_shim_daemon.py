@@ -281,6 +281,19 @@ def test_a_signal_is_logged_and_ends_nothing(author: Make, name: str) -> None:
         assert (shim.bundle / "signals").read_text() == f"{int(getattr(signal, name))}\n"
 
 
+def test_a_hook_may_be_a_coroutine(author: Make) -> None:
+    shim = author("""
+        class Service(Service):
+            async def on_signal(self, signum):
+                from shimcore import logger, sleep
+                await sleep(0)
+                logger.error("heard", number=signum)
+    """)
+    with log_of(shim) as log:
+        os.kill(shim.pid(shim.start()), signal.SIGINT)
+        until(log, b"number=2")
+
+
 def test_sigterm_ends_a_shim_once_it_has_no_process(author: Make) -> None:
     shim = author("""
         Service.native = True

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 import shimcore
+import shimcore.aio
 from shimcore import ttrpc
 from shimcore.ttrpc import aio
 from tests.checked import PROGRAMS, errors, marked, mypy, stubtest
@@ -16,7 +17,7 @@ from tests.checked import PROGRAMS, errors, marked, mypy, stubtest
 pytest.importorskip("mypy")
 
 
-@pytest.mark.parametrize("program", ["author", "rpc", "rpc_asyncio"])
+@pytest.mark.parametrize("program", ["author", "author_asyncio", "rpc", "rpc_asyncio"])
 def test_mypy_takes_a_program_that_is_right(program: str) -> None:
     assert mypy(PROGRAMS / f"{program}.py") == []
 
@@ -27,7 +28,10 @@ def test_mypy_tells_of_each_mistake() -> None:
     assert errors(mypy(wrong)) == marked(wrong)
 
 
-@pytest.mark.parametrize(("program", "package"), [("author", shimcore), ("rpc", ttrpc), ("rpc_asyncio", aio)])
+@pytest.mark.parametrize(
+    ("program", "package"),
+    [("author", shimcore), ("author_asyncio", shimcore.aio), ("rpc", ttrpc), ("rpc_asyncio", aio)],
+)
 def test_no_public_name_is_left_out(monkeypatch: pytest.MonkeyPatch, program: str, package: ModuleType) -> None:
     path = PROGRAMS / f"{program}.py"
     nodes = list(ast.walk(ast.parse(path.read_text())))

@@ -8,7 +8,22 @@ from collections.abc import Coroutine
 from typing import Any
 
 import shimcore
-from shimcore import Config, Context, Core, ExitSignal, RemotePublisher, Shim, Slot, StartOpts, Task, in_pool, run, spawn, ttrpc
+from shimcore import (
+    Config,
+    Context,
+    Core,
+    ExitSignal,
+    RemotePublisher,
+    Shim,
+    Slot,
+    StartOpts,
+    Task,
+    aio,
+    in_pool,
+    run,
+    spawn,
+    ttrpc,
+)
 from shimcore._ttrpc import Server
 from shimcore.monitor import monitor_subscribe, wait_pid
 from shimcore.protos.task_pb2 import StateRequest, StateResponse
@@ -29,6 +44,14 @@ class WrongTask(Task):
     native = "yes"  # wrong: assignment
 
     def teardown(self, slot: str) -> None:  # wrong: override
+        pass
+
+
+class WrongAsyncio(aio.Shim):
+    async def create_task_service(self, publisher: RemotePublisher) -> Task:  # wrong: override
+        return Task()
+
+    def setup(self) -> None:  # wrong: override
         pass
 
 
