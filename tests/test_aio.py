@@ -52,6 +52,8 @@ class Service(aio.Task):
         self.shim.inside.set()
         while not self.shim.go.is_set():
             await asyncio.sleep(0)
+        await asyncio.sleep(0)  # in which a cancellation that was asked for before would come
+        await asyncio.sleep(0)
         self.said.append("done")
         self.shim.ended.set()
 
@@ -306,8 +308,8 @@ def awaited(loop: Loop, make: Callable[[], Any], caller: Caller | None = None, a
     jobs.Task(loop.core, call(), lambda value, error: ended.append((value, error))).step()
     act()
     while not ended:
-        for note in loop.core.notes(HANG):
-            assert jobs.resume(note)
+        notes = loop.core.notes(HANG)
+        assert notes and all(jobs.resume(note) for note in notes)
     value, error = ended.pop()
     try:
         if error is not None:

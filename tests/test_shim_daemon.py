@@ -291,7 +291,7 @@ def test_a_hook_may_be_a_coroutine(author: Make) -> None:
     """)
     with log_of(shim) as log:
         os.kill(shim.pid(shim.start()), signal.SIGINT)
-        until(log, b"number=2")
+        until(log, b"heard")
 
 
 def test_sigterm_ends_a_shim_once_it_has_no_process(author: Make) -> None:
