@@ -2,8 +2,8 @@
 
     curl --unix-socket BUNDLE/live.sock http://shim/
 
-A watcher is told the last KEPT bytes, then what comes, until the process has ended. The process is a plain one, as in skeleton.py,
-from which this takes what has nothing to wait for.
+A watcher is told the last KEPT bytes, then what comes, until the process has ended. The process is a plain one, as in
+skeleton.py, from which this takes what has nothing to wait for.
 
 Install it with   python -m shimcore.install --dest DIR --runtime-id io.containerd.live.v1 live:Live
 """
@@ -90,7 +90,8 @@ class LiveTask(aio.Task, SkeletonTask):
         """From the process to the watchers, and to containerd as fast as that reads."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
-        pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), open(reading, "rb", 0))
+        file = open(reading, "rb", 0)  # noqa: SIM115  # the transport closes it
+        pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
         try:
             while piece := await reader.read(KEPT):
                 self.output.add(piece)
