@@ -136,7 +136,9 @@ DOCS := build/docs-venv
 docs: build ## the documentation's site, from docs/*.md and the docstrings, in build/site
 	@test -x $(DOCS)/bin/mkdocs || { $(PYTHON) -m venv $(DOCS) && \
 		$(DOCS)/bin/pip install -q --disable-pip-version-check 'mkdocs>=1.6,<2' 'mkdocs-material>=9.5' 'mkdocstrings-python>=1.16'; }
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict && echo "the site is in build/site"
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
+	@! grep -rl '```' build/site --include='*.html' || { echo "these pages show the fences of a code block"; exit 1; }
+	@echo "the site is in build/site"
 
 MATRIX ?= v1.7.35 v2.1.9 v2.4.2
 matrix: build ## the containerd suite under Debian's containerd and newer ones (MATRIX="v2.4.2 …", needs Go); writes docs/matrix.md
