@@ -172,7 +172,7 @@ def decode_request(bytes data):
     r.p = q.metadata.p
     r.end = q.metadata.p + q.metadata.n
     while q.pairs and sc_metadata_next(&r, &key, &value) == 1:
-        pairs.append((text(key), text(value)))
+        pairs.append((text(key), (<const char *>value.p)[:value.n].decode("utf-8", "replace")))
     payload = PyBytes_FromStringAndSize(<const char *>q.payload.p, q.payload.n)
     return Request(text(q.service), text(q.method), payload, q.timeout_ns, tuple(pairs))
 

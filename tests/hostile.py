@@ -341,6 +341,15 @@ def text_that_is_no_text(peer: Peer) -> None:
 
 
 @case
+def a_metadata_value_that_is_no_text(peer: Peer) -> None:
+    """Go refuses the call. Its handler may not even look at metadata: ours is called, and sees U+FFFD."""
+    for number, value in enumerate([b"\xff", b"\xed\xa0\x80", b"a\xc3", b"\0" * 3]):
+        pair = encode_field(5, encode_field(1, b"traceparent") + encode_field(2, value))
+        peer.say(raw_opening(2 * number + 1, encode_request(NAME, "Echo", message(b"x")) + pair))
+        peer.echoed(2 * number + 1)
+
+
+@case
 def what_go_takes(peer: Peer) -> None:
     start = encode_request(NAME, "Echo", message(b"x"))
     good = [

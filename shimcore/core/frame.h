@@ -45,6 +45,7 @@ typedef struct {
 
 void sc_header_read(const uint8_t *p, sc_header *h);
 void sc_header_write(uint8_t *p, uint32_t length, uint32_t stream, uint8_t type, uint8_t flags);
+/* False: malformed, or a name or a metadata key is not UTF-8. A metadata value may be any bytes. */
 bool sc_request_parse(const uint8_t *p, size_t n, sc_request *out);
 bool sc_response_parse(const uint8_t *p, size_t n, sc_response *out);
 /* Next pair of a metadata run: 1 read, 0 end, -1 malformed. */

@@ -269,7 +269,7 @@ def encode_request(
 
 def decode_request(data: bytes) -> Request:
     """Raises DecodeError. Of a repeated scalar the last counts; a field of an unexpected wire type is an
-    unknown field.
+    unknown field. A byte of a metadata value that is not UTF-8 becomes U+FFFD.
     """
     service = method = ""
     payload = b""
@@ -298,7 +298,8 @@ def _decode_pair(data: bytes) -> tuple[str, str]:
         if wire == _BYTES and number == 1:
             key = _text(value)
         elif wire == _BYTES and number == 2:
-            text = _text(value)
+            assert isinstance(value, bytes)
+            text = value.decode("utf-8", "replace")
     return key, text
 
 
