@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import mount as mount
     from . import publisher as publisher
     from . import state as state
+    from . import trace as trace
     from . import ttrpc as ttrpc
     from . import util as util
     from ._reaper import Core as Core
@@ -56,7 +57,7 @@ _NAMES = {
     "StartOpts": "bootstrap", "Task": "task", "debug": "logger", "error": "logger", "in_pool": "jobs", "info": "logger",
     "inline": "task", "run": "shim", "run_job": "jobs", "sleep": "jobs", "spawn": "daemon", "warn": "logger",
 }  # fmt: skip
-_MODULES = ("address", "cgroup", "errors", "jobs", "logger", "monitor", "mount", "publisher", "state", "ttrpc", "util")
+_MODULES = ("address", "cgroup", "errors", "jobs", "logger", "monitor", "mount", "publisher", "state", "trace", "ttrpc", "util")
 
 __all__ = ["__version__", *sorted(_NAMES), *_MODULES]
 

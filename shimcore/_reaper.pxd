@@ -223,6 +223,9 @@ cdef extern from "core/spill.h" nogil:
 cdef extern from "core/oom.h" nogil:
     int sc_oom_watch(sc_slot *init, const char *folder, bint v2)
 
+# The call that this thread handles: a borrowed reference to an object, or NULL. Returns the one before.
+cdef void *switch_call(void *call) noexcept
+
 cdef class Slot
 cdef class Job
 

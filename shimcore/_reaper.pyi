@@ -52,6 +52,12 @@ def nofile_before(set: tuple[int, int] | None = None) -> tuple[int, int]:
 def early_signals() -> None:
     """Remember SIGTERM, SIGINT, SIGPIPE and SIGUSR1 for install_signals(), and unblock them here."""
 
+def handled() -> Any:
+    """The call that this thread handles: a _ttrpc.Context; None outside of calls."""
+
+def switch(call: Any) -> Any:
+    """Have this thread handle that call, or None; returns the one before. The caller keeps `call` alive until then."""
+
 def spawn(
     argv: Sequence[str | bytes],
     *,

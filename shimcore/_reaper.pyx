@@ -10,6 +10,13 @@ import os
 
 from .errors import AlreadyExists, FailedPrecondition, NotFound
 
+# Here, and not in the core, of which each compiled module has a copy.
+cdef extern from *:
+    """
+    static _Thread_local void *sc_handled;
+    """
+    void *sc_handled
+
 cdef extern from "<errno.h>" nogil:
     int errno
     enum:
@@ -289,6 +296,22 @@ cdef bytes encoded(item):
     if 0 in b:
         raise ValueError("embedded null byte")
     return b
+
+
+cdef void *switch_call(void *call) noexcept:
+    global sc_handled
+    cdef void *before = sc_handled
+    sc_handled = call
+    return before
+
+
+def switch(call):
+    cdef void *before = switch_call(NULL if call is None else <void *>call)
+    return None if before == NULL else <object>before
+
+
+def handled():
+    return None if sc_handled == NULL else <object>sc_handled
 
 
 cdef bytes resolve(bytes name, env):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from ._reaper import Core
+from .trace import Trace
 
 MAX_MESSAGE: Final[int]
 INLINE: Final[int]
@@ -18,7 +19,11 @@ class Context:
     """What a handler is told about its call besides the request."""
 
     @property
-    def metadata(self) -> list[tuple[str, str]]: ...
+    def metadata(self) -> list[tuple[str, str]]:
+        """The pairs that the caller sent. A byte of a value that is not UTF-8 is U+FFFD."""
+    @property
+    def trace(self) -> Trace | None:
+        """The W3C trace context that the caller sent; None: it sent none, or one that can't be read."""
     def get(self, key: str, default: str | None = None) -> str | None:
         """First value of a metadata key; case does not matter."""
     def get_all(self, key: str) -> list[str]: ...

@@ -7,17 +7,21 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t
 from libc.stdlib cimport free
 
-from ._reaper cimport Core, sc_has_notes, sc_now_mono
+from ._reaper cimport Core, sc_has_notes, sc_now_mono, switch_call
 
 cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EAGAIN, EMSGSIZE, ETIMEDOUT
 
+cdef extern from "<strings.h>" nogil:
+    int strncasecmp(const char *, const char *, size_t)
+
 import os
 from _thread import get_ident
 
-from ._reaper import ExitSignal
+from . import logger
+from ._reaper import ExitSignal, handled
 from .errors import Canceled, DeadlineExceeded, ResourceExhausted, ShimError, from_exception
 from .jobs import Pool, Task, resume
 
@@ -36,7 +40,11 @@ cdef class Context:
     cdef sc_call *k  # a reference
     cdef Server server  # which must outlive the call
     cdef list pairs
+    cdef object traced  # False: nobody has asked yet
     cdef list waiting  # (events, callback); while it holds any, the call has a reference to this
+
+    def __cinit__(self):
+        self.traced = False
 
     def __dealloc__(self):
         if self.k != NULL:
@@ -51,8 +59,29 @@ cdef class Context:
             r.p = self.k.metadata
             r.end = self.k.metadata + self.k.metadata_len
             while self.k.metadata != NULL and sc_metadata_next(&r, &key, &value) == 1:
-                self.pairs.append(((<const char *>key.p)[:key.n].decode(), (<const char *>value.p)[:value.n].decode()))
+                self.pairs.append(((<const char *>key.p)[:key.n].decode(), (<const char *>value.p)[:value.n].decode("utf-8", "replace")))
         return list(self.pairs)
+
+    @property
+    def trace(self):
+        if self.traced is False:
+            self.traced = None
+            if self.may_trace():
+                from .trace import of
+
+                self.traced = of(self.metadata)
+        return self.traced
+
+    cdef bint may_trace(self) noexcept:
+        """Whether there is a traceparent: without one, which is the rule, nothing is decoded or imported."""
+        cdef sc_reader r
+        cdef sc_slice key, value
+        r.p = self.k.metadata
+        r.end = self.k.metadata + self.k.metadata_len
+        while self.k.metadata != NULL and sc_metadata_next(&r, &key, &value) == 1:
+            if key.n == 11 and strncasecmp(<const char *>key.p, b"traceparent", 11) == 0:
+                return True
+        return False
 
     def get(self, key, default=None):
         key = key.lower()
@@ -152,13 +181,13 @@ cdef class Context:
         cdef list due = [entry for entry in self.waiting if <int>entry[0] & events]
         self.waiting = [entry for entry in self.waiting if not <int>entry[0] & events]
         self.let_go()
+        cdef void *before = switch_call(<void *>self)
         for entry in due:
             try:
                 entry[1]()
             except BaseException as exc:
-                from . import logger
-
                 logger.error("a callback failed", method=self.method, error=repr(exc))
+        switch_call(before)
 
     cdef end(self):
         """It has been answered: nobody waits for its events any more, but for those of a connection that has ended."""
@@ -376,6 +405,7 @@ cdef class Server:
             return
         k.payload.p = NULL
         k.payload.n = 0
+        cdef void *before = switch_call(<void *>ctx)
         try:
             if kind == 1:
                 response = handler(request, ctx)
@@ -389,6 +419,8 @@ cdef class Server:
             ctx.answer(None, exc, True)
         else:
             ctx.answer(response, None, True)
+        finally:
+            switch_call(before)
 
     cdef make_room(self):
         cdef void *owner
@@ -426,8 +458,6 @@ cdef class Server:
             if not resume(n) and self.callback is not None:
                 self.callback(n)
         except BaseException as exc:
-            from . import logger
-
             logger.error("a note's handler failed", note=str(n), error=repr(exc))
 
     cdef handle_batch(self):
@@ -455,8 +485,6 @@ cdef class Server:
         try:
             work = sc_standin_start(self.s)
             if work < 0:  # it serves without: State may wait for Python then
-                from . import logger
-
                 logger.warn("no stand-in for the RPC thread", error=os.strerror(-work))
             while True:
                 with nogil:
@@ -517,9 +545,21 @@ def intercepted(interceptor, handler):
 
 
 cdef work(handler, request, Context ctx):
+    cdef void *before = switch_call(<void *>ctx)
     try:
         response = handler(request, ctx)
     except BaseException as exc:
         ctx.answer(None, exc, False)
     else:
         ctx.answer(response, None, False)
+    finally:
+        switch_call(before)
+
+
+def current_trace():
+    """For the logger."""
+    call = handled()
+    return None if call is None else call.trace
+
+
+logger.trace_of_call = current_trace

@@ -9,7 +9,7 @@ from __future__ import annotations
 from _queue import SimpleQueue
 from _thread import allocate_lock, start_new_thread
 
-from ._reaper import NOTE_JOB, NOTE_POST, NOTE_TIMER, Core, JobResult
+from ._reaper import NOTE_JOB, NOTE_POST, NOTE_TIMER, Core, JobResult, handled, switch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ class Op:
 
 
 class Task:
-    """One coroutine under way. `done(value, error)` is called when it ends."""
+    """One coroutine under way. `done(value, error)` is called when it ends.
 
-    __slots__ = ("_coro", "_done", "core")
+    call: the call that is handled by it. One that has nobody to answer handles none: it may outlive the call that began it, and
+    would keep its connection."""
+
+    __slots__ = ("_coro", "_done", "call", "core")
 
     def __init__(
         self, core: Core, coro: Coroutine[Op, Any, Any], done: Callable[[Any, BaseException | None], None] | None = None
@@ -44,27 +47,33 @@ class Task:
         self.core = core
         self._coro = coro
         self._done = done
+        self.call = None if done is None else handled()
 
     def step(self, value: Any = None, error: BaseException | None = None) -> None:
         """Resume the coroutine with a value, or by raising an error in it, and begin what it awaits next."""
         ready = True
-        while ready:
-            try:
-                op = self._coro.send(value) if error is None else self._coro.throw(error)
-            except StopIteration as end:
-                self._end(end.value, None)
-                return
-            except BaseException as exc:  # SystemExit of a handler must not end the thread
-                self._end(None, exc)
-                return
-            finally:
-                # An error whose traceback holds this frame or its caller's, and that frame the error, would live until a
-                # collection, and with it the handler's context and its connection.
-                value = error = None
-            try:
-                ready = op.begin(self)
-            except BaseException as exc:
-                error = exc
+        before = switch(self.call)
+        try:
+            while ready:
+                try:
+                    op = self._coro.send(value) if error is None else self._coro.throw(error)
+                except StopIteration as end:
+                    self._end(end.value, None)
+                    return
+                except BaseException as exc:  # SystemExit of a handler must not end the thread
+                    self._end(None, exc)
+                    return
+                finally:
+                    # An error whose traceback holds this frame or its caller's, and that frame the error, would live until a
+                    # collection, and with it the handler's context and its connection.
+                    value = error = None
+                try:
+                    ready = op.begin(self)
+                except BaseException as exc:
+                    error = exc
+        finally:
+            switch(before)
+            before = None
 
     def _end(self, value: Any, error: BaseException | None) -> None:
         if self._done is not None:
@@ -185,6 +194,7 @@ class _InPool(Op):
         fn, args = self._call
 
         def work() -> None:
+            switch(task.call)
             try:
                 value = fn(*args)
             except BaseException as exc:
@@ -193,6 +203,8 @@ class _InPool(Op):
                 task.core.post(lambda: task.step(None, box.pop()))
             else:
                 task.core.post(lambda: task.step(value))
+            finally:
+                switch(None)
 
         task.core.pool.submit(work)
         return False
@@ -206,8 +218,15 @@ async def run_job(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     fds: Mapping[int, int] | None = None,
+    trace: bool = False,
 ) -> JobResult:
-    """Run a program as a job of the core and wait for its end; see Core.job. OSError when it can't be started."""
+    """Run a program as a job of the core and wait for its end; see Core.job. OSError when it can't be started.
+
+    trace: have the trace of the call that is handled in its environment; see trace.environ."""
+    if trace:
+        from .trace import environ
+
+        env = environ(env)
     result: JobResult = await _RunJob((argv,), {"timeout": timeout, "cap": cap, "env": env, "cwd": cwd, "fds": fds})
     return result
 

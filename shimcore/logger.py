@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from _thread import LockType
     from collections.abc import Callable, Mapping
     from signal import SIG_BLOCK, SIG_SETMASK, SIGPIPE, pthread_sigmask, sigtimedwait
+
+    from .trace import Trace
 else:  # the module signal wraps these in enums
     from _signal import SIG_BLOCK, SIG_SETMASK, SIGPIPE, pthread_sigmask, sigtimedwait
 
@@ -203,7 +205,7 @@ class Logger:
             self.dropped += 1
             return
         try:
-            extra = {**self.fields, **fields}
+            extra = {**self.fields, **self._traced(), **fields}
             lost = self.dropped - self._reported
             if lost:
                 extra["dropped"] = lost
@@ -216,6 +218,14 @@ class Logger:
         except Exception:  # an author's __str__, the stack's end, no memory: never the caller's trouble
             pass
         self.dropped += 1
+
+    def _traced(self) -> Mapping[str, object]:
+        trace = None if trace_of_call is None else trace_of_call()
+        if trace is None:
+            return {}
+        if self.format is format_json:  # as OpenTelemetry names them in logs
+            return {"trace_id": trace.trace_id, "span_id": trace.span_id}
+        return {"trace": f"{trace.trace_id}-{trace.span_id}"}
 
     def _keep(self, line: bytes) -> None:
         with self._lock:
@@ -302,6 +312,9 @@ class Logger:
     def error(self, msg: object, /, **fields: object) -> None:
         self.log(ERROR, msg, **fields)
 
+
+# The trace of the call that the calling thread handles, or None. Set by what serves calls: without that there are none.
+trace_of_call: Callable[[], Trace | None] | None = None
 
 _current = Logger(None)
 

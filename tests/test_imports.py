@@ -35,6 +35,7 @@ LAW = [
     {"streams"},
     {"publisher", "util", "jobs", "ledger"},
     {"logger"},
+    {"trace"},
     {"mount"},
     {"cgroup"},
     {"mountinfo"},
@@ -47,7 +48,7 @@ RANK = {name: rank for rank, names in enumerate(LAW) for name in names}
 OUTSIDE = {"install", "rig", "cli", "ttrpc", "testing"}
 
 MODULES = [
-    "address", "bootstrap", "cgroup", "errors", "flags", "logger", "monitor", "mount", "mountinfo", "state", "util",
+    "address", "bootstrap", "cgroup", "errors", "flags", "logger", "monitor", "mount", "mountinfo", "state", "trace", "util",
     "windows", "wire",
 ]  # fmt: skip
 

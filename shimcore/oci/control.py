@@ -28,6 +28,7 @@ else:
     from ..protos.lazy import events_pb2, runc_options_pb2, task_pb2
 
 SIGNAL_MAX = 64
+TRACE_VARIABLE = "SHIMCORE_TRACE_ENV"  # 1: the runtime has its caller's trace in its environment
 # Seconds in which one that was killed while it was frozen has died, where nothing had to be thawed.
 FROZEN_DEATH_TIMEOUT = 1.0
 
@@ -230,8 +231,9 @@ class Control(Task):
 
     async def run(self, context: Context, seconds: float, argv: list[str], fds: dict[int, int] | None = None) -> JobResult:
         """One runtime call, at most `seconds` long. Raises Unknown when it can't be started."""
+        traced = os.environ.get(TRACE_VARIABLE) == "1"
         try:
-            return await jobs.run_job(argv, timeout=within(context, seconds), cap=runc.OUTPUT_CAP, fds=fds)
+            return await jobs.run_job(argv, timeout=within(context, seconds), cap=runc.OUTPUT_CAP, fds=fds, trace=traced)
         except OSError as error:
             raise Unknown(f"OCI runtime {argv[0]!r} can't be started: {error.strerror}") from None
 

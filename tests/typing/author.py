@@ -40,6 +40,7 @@ from shimcore import (
     sleep,
     spawn,
     state,
+    trace,
     ttrpc,
     util,
     warn,
@@ -69,7 +70,7 @@ class Service(Task):
         slot = self.core.open(request.id, b"")
         async with self.lock:
             await in_pool(mount.mount_all, request.rootfs, f"{request.bundle}/rootfs")
-            done = await run_job(["runc", "create", request.id], timeout=10, env={"A": "b"}, fds={0: 0})
+            done = await run_job(["runc", "create", request.id], timeout=10, env={"A": "b"}, fds={0: 0}, trace=True)
             if done.status or done.timed_out:
                 raise errors.Unknown(done.output.decode())
             await sleep(0.1)
@@ -77,7 +78,9 @@ class Service(Task):
         slot.bind(pid)
         created = events_pb2.TaskCreate(container_id=request.id, pid=pid)
         self.publisher.publish(publisher.topic_of(created), created, container_id=request.id)
-        info("created", id=request.id, left=context.remaining, user=context.get("user", "nobody"))
+        about = context.trace or trace.current()
+        spent = about.metadata if about is not None and about.sampled else []
+        info("created", id=request.id, trace=spent, left=context.remaining, user=context.get("user", "nobody"))
         return task_pb2.CreateTaskResponse(pid=pid)
 
     @inline
@@ -180,7 +183,8 @@ def wait_for(pid: int) -> int:
 
 def connect(opts: StartOpts) -> int:
     request = task_pb2.ConnectRequest(id=opts.id)
-    with ttrpc.Client(address.socket_address(opts.address, opts.namespace, opts.id), namespace=opts.namespace) as client:
+    path = address.socket_address(opts.address, opts.namespace, opts.id)
+    with ttrpc.Client(path, namespace=opts.namespace, interceptors=[trace.forward]) as client:
         return client.call("containerd.task.v2.Task", "Connect", request, task_pb2.ConnectResponse, timeout=1).shim_pid
 
 

@@ -8,14 +8,20 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shimcore import logger, trace
 from shimcore.errors import Canceled, DeadlineExceeded, Internal, ResourceExhausted, Unknown
 from shimcore.streams import serialized
+from shimcore.trace import Trace
 from shimcore.ttrpc.codec import Metadata, Request
 
 if TYPE_CHECKING:
     from shimcore.ttrpc.aio.server import Connection
+
+# Of a call on this thread, as _ttrpc has it, or of one on a loop.
+logger.trace_of_call = trace.current
 
 _END = object()
 _GONE = "the caller has gone"
@@ -38,6 +44,7 @@ class Context:
     def __init__(self, call: Call, metadata: Metadata) -> None:
         self._call = call
         self._metadata = metadata
+        self._trace: Trace | bool | None = False  # nobody has asked yet
 
     @property
     def metadata(self) -> list[tuple[str, str]]:
@@ -50,6 +57,13 @@ class Context:
     def get_all(self, key: str) -> list[str]:
         key = key.lower()
         return [value for name, value in self._metadata if name.lower() == key]
+
+    @property
+    def trace(self) -> Trace | None:
+        """The W3C trace context that the caller sent; None: it sent none, or one that can't be read."""
+        if isinstance(self._trace, bool):
+            self._trace = trace.of(self._metadata)
+        return self._trace
 
     @property
     def remaining(self) -> float | None:
@@ -99,6 +113,7 @@ class Call:
         self._callbacks: list[Callable[[], None]] = []
 
     async def run(self, request: Any) -> None:
+        trace.calling.set(self.context)  # this task's alone
         try:
             left = self.context.remaining
             async with asyncio.timeout(left) as limit:
@@ -213,7 +228,8 @@ def adapted(handler: Handler, server_streams: bool, pool: ThreadPoolExecutor) ->
         return handler
 
     async def on_a_thread(function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+        inside = copy_context().run  # a thread of the pool has no context of its own
+        return await asyncio.get_running_loop().run_in_executor(pool, inside, function, *args)
 
     async def one(request: Any, context: Context) -> Any:
         return await on_a_thread(handler, request, context)
