@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from shimcore.protos import task_pb2
 from shimcore.rig import Events, Rig
 from shimcore.ttrpc import Client
 from tests.authors import HANG, TASK, Installed, Make, author, log_of, until
+from tests.upgrades import command
+from tests.upgrades import until as soon
 
 __all__ = ["author"]
 
@@ -107,6 +110,7 @@ WHOLE = """
             finally:
                 os.close(out)
             slot.set_status(_reaper.RUNNING)
+            slot.cookie = asyncio.create_task(aio.exited(slot))
             started = events.TaskStart(container_id=request.id, pid=pid)
             slot.announce(topics.TOPIC_START, "containerd.events.TaskStart", started.SerializeToString())
             return api.StartResponse(pid=pid)
@@ -115,7 +119,7 @@ WHOLE = """
             return Empty()
         async def delete(self, request, context):
             slot = self.core.find(request.id)
-            status = await aio.exited(slot)
+            status = await slot.cookie
             event = events.TaskDelete(container_id=request.id, pid=slot.pid, exit_status=status)
             self.shim.publisher.publish(topics.TOPIC_DELETE, event)
             slot.forget()
@@ -608,7 +612,7 @@ def test_the_end_of_a_loop(shim: Shims) -> None:
 @pytest.mark.parametrize(
     ("code", "logged"),
     [
-        ("while True: await self.heedless()", b"does not end"),
+        ("while True: await self.heedless()", b"a task does not end"),
         ("threading.Event().wait()", b"blocks its thread"),
     ],
     ids=["a task", "a thread"],
@@ -638,6 +642,55 @@ def test_a_task_that_refuses_to_end(shim: Shims, code: str, logged: bytes) -> No
         assert select.select([pidfd], [], [], HANG)[0], "the daemon does not end"
         os.close(pidfd)
         until(log, logged)
+
+
+def test_an_upgrade_in_place(shim: Shims) -> None:
+    made = shim("""
+        class Service(Service):
+            async def create(self, request, context):
+                self.said.append(request.id)
+                raise errors.NotFound
+            def hand_over(self, trial):
+                return {"said": self.said}
+            def take_over(self, state):
+                self.said += state["said"]
+        class Author(Author):
+            async def setup(self):
+                with open("setups", "a") as file:
+                    file.write("x")
+    """)
+    address = made.start()
+    pid = made.look(address, "os.getpid()")
+    with Client(address) as client:
+        with pytest.raises(errors.NotFound):
+            create(client, "before")
+        done = command(str(pid))
+        assert done.returncode == 0, done.stderr
+        with pytest.raises(errors.NotFound):
+            create(client, "after")
+    assert made.look(address, "os.getpid(), task.said") == (pid, ["before", "after"])
+    assert (made.bundle / "setups").read_text() == "xx"  # the trial has none
+
+
+# ---- the page ----
+
+
+def test_the_pages_shim(author: Make, namespace: str, rootfs: Path) -> None:
+    page = (ROOT / "docs" / "asyncio.md").read_text()
+    [program] = re.findall(r"^```python\n(.*?)^```\n", page, re.MULTILINE | re.DOTALL)
+    made = author(program + "\nAuthor = Patient\n")
+    stubborn = ["sh", "-c", "trap '' TERM; echo ready; exec sleep 1000"]
+    with Rig(made.binary, namespace=f"{namespace}-page", rootfs=rootfs, timeout=HANG) as rig:
+        for argv, ends in (["sh", "-c", "exit 3"], 3), (["sleep", "1000"], 143), (stubborn, 137):
+            session = rig.container(argv)
+            session.create()
+            session.start()
+            if ends > 128:
+                if argv is stubborn:
+                    soon("ready", lambda session=session: "ready" in session.output)
+                session.task.kill(signal.SIGTERM)
+            assert session.wait() == ends
+            assert session.delete().exit_status == ends
 
 
 # ---- what it costs others ----
