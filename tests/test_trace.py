@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import socket
@@ -19,11 +20,12 @@ from shimcore import jobs, logger, trace
 from shimcore._frames import encode_frame
 from shimcore._reaper import handled
 from shimcore._ttrpc import COROUTINE, INLINE, POOL, SERVER_STREAM, Context
-from shimcore.ttrpc import codec
+from shimcore.ttrpc import Client, codec
+from tests.authors import Make, author
 from tests.faults import until
 from tests.served import HANG, KINDS, SERVICE, Rig, as_kind, call, rig
 
-__all__ = ["rig"]
+__all__ = ["author", "rig"]
 
 ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
@@ -341,3 +343,22 @@ def test_what_is_logged_for_a_handler_that_failed_has_it(rig: Rig, log: logger.L
     until(lambda: log.written == 4)  # a handler is answered before its failure is logged
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 4 and all(f'trace="{ID}-{SPAN}"' in line for line in lines), lines
+
+
+def test_a_shims_daemon_logs_it(author: Make) -> None:
+    shim = author()
+    address = shim.start(env={"SHIMCORE_LOG_FORMAT": "json"})
+    said = b"[sys.modules['shimcore.logger'].info('asked'), 'shimcore.trace' in sys.modules, "
+    said += b"sys.modules['shimcore.logger'].get_logger().recent[-1]][1:]"
+    with Client(address) as client:
+
+        def asked(metadata: list[tuple[str, str]]) -> tuple[bool, dict[str, Any]]:
+            value = BytesValue(value=said)
+            answer = client.call("test.Look", "Eval", value, BytesValue, HANG, metadata).value
+            imported, line = ast.literal_eval(answer.decode())
+            return imported, json.loads(line)
+
+        imported, line = asked([])
+        assert (imported, line["msg"], "trace_id" in line) == (False, "asked", False)
+        imported, line = asked(METADATA)
+        assert (imported, line["msg"], line["trace_id"], line["span_id"]) == (True, "asked", ID, SPAN)
