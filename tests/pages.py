@@ -4,8 +4,8 @@ A console block with `$ ` in it is a session: these lines are commands, the othe
 command, `# ` before it says that it is root's. What is shown is compared in one of two ways:
 
 exact   each line is there, in order; … stands for anything
-alike   each line is there; … stands for anything, a number, time or size for any other, a name by chance (a socket's, a rig's) for
-        any other, spaces for any number of spaces, a picture's bars and points for any; statuses of exits are exact
+alike   each line is there; … stands for anything, a number, time or size for any other, a name by chance (a socket's, a rig's)
+        for any other, spaces for any number of spaces, a picture's bars and points for any; statuses of exits are exact
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ def parts(text: str) -> Iterator[tuple[str, list[str]]]:
         yield command, [line for line in shown if line]
 
 
+_NUMBER = r"\d(?:[\d.:TZ-]*\d)?[BKMGZsmhd]?"
 _ALIKE = re.compile(
     r"(?P<any>…)|(?P<space> +)"
     r"|(?P<exact>(?:exit_status=|exit code |exit status )\d+)"
     r"|(?P<name>\brig-\w+|\bc?[0-9a-f]{9,}\b)"
-    r"|(?P<number>(?<![\w/])\d(?:[\d.:TZ-]*\d)?[BKMGZsmhd]?(?!\w))"
+    rf"|(?P<number>(?<![\w/]){_NUMBER}(?!\w))"
 )
-_KINDS = {"any": ".*", "space": " +", "name": r"[\w-]+", "number": r"[\d.:TZ-]+[BKMGZsmhd]?"}
+_KINDS = {"any": ".*", "space": " +", "name": r"[\w-]+", "number": _NUMBER}
 _PICTURE = re.compile(r"[█▉▊▋▌▍▎▏●┬]")
 
 
@@ -151,9 +152,10 @@ class Reader:
             if found:
                 self.changed.add(pattern)
                 break
-        for text in sorted(self.places, key=len, reverse=True):
-            command = re.sub(rf"(?<![\w./-]){re.escape(text)}(?![\w-])", lambda _, text=text: self.places[text], command)
-        return command
+        if not self.places:
+            return command
+        texts = "|".join(map(re.escape, sorted(self.places, key=len, reverse=True)))
+        return re.sub(rf"(?<![\w./-])(?:{texts})(?![\w-])", lambda found: self.places[found[0]], command)
 
     def type(self, command: str) -> str:
         """What it says, stdout and stderr together, as the page would have it."""

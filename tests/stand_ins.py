@@ -1,7 +1,7 @@
 """Programs for whoever plays the documents: this checkout in the place of an installed shimcore, and what can't be run here.
 
-pip is the real one, without its network: what it finds is a wheel that leads to this checkout. A stub only writes down what it was
-called with, for the test to judge.
+pip is the real one, without its network: what it finds is a wheel that leads to this checkout. A stub only writes down what it
+was called with, for the test to judge.
 """
 
 from __future__ import annotations

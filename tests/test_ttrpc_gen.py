@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -197,30 +196,6 @@ def test_the_types_are_those_of_the_code(made: Path) -> None:
 
 
 # ---- calls ----
-
-
-def test_the_documented_program(tmp_path: Path) -> None:
-    """docs/ttrpc-gen.md, block by block: files are written, and commands are run, and print what it says."""
-    pytest.importorskip("mypy")
-    text = (PROTOS.parent.parent / "docs" / "ttrpc-gen.md").read_text()
-    for name, body in re.findall(r"`(\S+)`:\n\n```(?:proto|python)\n(.*?)```", text, re.DOTALL):
-        (tmp_path / name).write_text(body)
-    bin = tmp_path / "bin"
-    bin.mkdir()
-    (bin / "python").symlink_to(sys.executable)
-    plugin = bin / "protoc-gen-shimcore-ttrpc"
-    plugin.write_text(f"#!{sys.executable}\nfrom shimcore.ttrpc.gen import plugin\nraise SystemExit(plugin())\n")
-    plugin.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{bin}:{os.environ['PATH']}"}
-    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        lines = block.splitlines()
-        commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-        script = "\n".join(["set -e", *commands])
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines() == [line for line in lines if not line.startswith("$ ")]
 
 
 @pytest.mark.parametrize("implementation", ["Blocking", "Coroutines"])
