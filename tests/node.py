@@ -1,6 +1,7 @@
 """A node to look at: what the documents show of shims that live.
 
 web     under our shim, busy, with an exec `check` that has ended with 3; its code can be changed
+pod     the sandbox of a pod, under the same
 job     under the same, with a call under way: it can't be upgraded
 other   under containerd's own shim
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from shimcore.protos.runc_options_pb2 import Options
 from shimcore.rig import FakeRuntime, Rig, Session
 from tests.faults import Later, until
+from tests.test_oci_sandbox import Shim
 from tests.upgrades import HANG, Copy
 
 STOCK = "containerd-shim-runc-v2"
@@ -50,7 +52,7 @@ def node(folder: Path, namespace: str, rootfs: Path, root: Path) -> Iterator[Nod
     assert stock, f"{STOCK} is not installed"
     with (
         FakeRuntime(root / f"r{token}") as runtime,
-        Rig(copies[0].binary, namespace=spaces["demo"], rootfs=rootfs, env=runtime.environment) as ours,
+        Rig(copies[0].binary, namespace=spaces["demo"], rootfs=rootfs, env=runtime.environment, generation="2.3") as ours,
         Rig(stock, namespace=spaces["demo-go"], rootfs=rootfs) as theirs,
     ):
         web = ours.container(["sh", "-c", "while :; do :; done"], id=names["web"])
@@ -68,10 +70,16 @@ def node(folder: Path, namespace: str, rootfs: Path, root: Path) -> Iterator[Nod
         runtime.rule("exec", "begin hold", id=job.id)
         added = job.exec(["@exit", "0"], start=False)
         held = Later(lambda: added.start(timeout=WHILE))
-        made = Node(web, copies, stock, {**names, **spaces})
+        pod = Shim(ours)
+        pod.create()
+        pod.call("StartSandbox")
+        made = Node(web, copies, stock, {**names, **spaces, "pod": pod.id})
         with runtime.wait("exec", "begin"):
             until(lambda: os.path.exists(made.debug), what="the debug socket")
-            yield made
+            try:
+                yield made
+            finally:
+                pod.end()
         held.result(HANG)
         runtime.forget("exec", id=job.id)
 

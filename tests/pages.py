@@ -20,13 +20,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^ *(?:```|~~~)", re.MULTILINE)
 _BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_TITLE = re.compile(r' title="[^"]*"')
 HANG = 300.0  # seconds after which what was typed has hung
 DONE = "--- done "
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. page: its path below ROOT; line: of its opening fence; language: "" where none is said."""
+    """One fenced block. page: its path below ROOT; line: of its opening fence; language: "" where none is said; "python title" of
+    a file that is named.
+    """
 
     page: str
     line: int
@@ -47,8 +50,10 @@ def read(page: str) -> str:
 
 def blocks(page: str, *languages: str) -> list[Block]:
     """A page's, in order; of these languages alone, if any are named."""
-    text = read(page)
-    found = [Block(page, text.count("\n", 0, at.start()) + 1, at[1].strip(), at[2]) for at in _BLOCK.finditer(text)]
+    text, found = read(page), []
+    for at in _BLOCK.finditer(text):
+        language = _TITLE.sub(" title", at[1].strip())
+        found.append(Block(page, text.count("\n", 0, at.start()) + 1, language, at[2]))
     return [block for block in found if not languages or block.language in languages]
 
 

@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Pages whose programs stand with what they print.
 PROGRAMS = ["contract.md", "ttrpc.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n\nprints\n\n```\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
-# Pages of docs/ with whole programs, each with what it prints.
-PROGRAMS = ["ttrpc.md"]
 
 
 @pytest.mark.parametrize("page", PROGRAMS)

@@ -49,6 +49,7 @@ WAYS = {
     ("README.md", "python"): "test_the_readmes_shim",
     ("docs/cli.md", "console"): "test_the_command",
     ("docs/conform.md", "console"): "test_conform",
+    ("docs/cookbook.md", "python title"): "test_each_recipe",
     ("docs/debugging.md", "console"): "test_debugging",
     ("docs/debugging.md", "json"): "test_a_line_of_the_log",
     ("docs/examples.md", "sh"): "test_the_examples",
