@@ -241,7 +241,8 @@ def test_debugging(desk: Desk, live: Node) -> None:
     )
     listed, dump, metrics, log = said.values()
     assert "/run/containerd/s/….debug" in listed.splitlines()  # that of web, among others
-    keys = [key for row in re.findall(r"^\| (`.*?) \|", read("docs/debugging.md"), re.MULTILINE) for key in row.split("`")[1::2]]
+    table = read("docs/debugging.md").partition("\n`/dump` is JSON:\n")[2].partition("\n\nIt holds")[0]
+    keys = [key for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for key in row.split("`")[1::2]]
     assert "processes" in keys and set(keys) <= set(json.loads(dump))
     assert metrics.endswith("# EOF\n") and 'msg="serving"' in log
 
