@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import subprocess
 import textwrap
 import time
@@ -16,7 +17,7 @@ import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from shimcore import address as addresses
-from shimcore.errors import Closed
+from shimcore.errors import Closed, Unavailable
 from shimcore.install import install
 from shimcore.protos import task_pb2
 from shimcore.ttrpc import Client
@@ -128,10 +129,22 @@ class Installed:
             pidfd = os.pidfd_open(self.pid(address))
         except (Closed, ProcessLookupError):
             return
-        with contextlib.suppress(Closed), Client(address) as client:
+        except Unavailable:  # it ends already
+            self._gone(address)
+            return
+        with contextlib.suppress(Closed, Unavailable), Client(address) as client:
             client.call(TASK, "Shutdown", task_pb2.ShutdownRequest(id="c1"), timeout=HANG)
         assert select.select([pidfd], [], [], HANG)[0], "the daemon does not end"
         os.close(pidfd)
+
+    def _gone(self, address: str) -> None:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(HANG)
+            try:
+                connection.connect(address.removeprefix("unix://"))
+            except OSError:
+                return
+            assert connection.recv(1) == b""
 
 
 Make = Callable[[str], Installed]
