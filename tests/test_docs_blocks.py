@@ -42,11 +42,14 @@ from tests.upgrades import command
 __all__ = ["author"]
 
 OURS = "containerd-shim-runc-v2-py"
+# What goes on until a container or its shim ends is left after its first line.
+FOLLOW = {r"^(curl -sN .*)$": r"exec 3< <(exec \1); head -n 1 <&3; kill $!; exec 3<&-"}
 # (page, language) -> its test, which takes all such blocks of the page or fails. What of it is a program and what that prints, on
 # the pages of PROGRAMS, test_docs.py runs.
 WAYS = {
     ("README.md", "console"): "test_the_readme",
     ("README.md", "python"): "test_the_readmes_shim",
+    ("docs/asyncio.md", "python"): "test_the_pages_shim",
     ("docs/cli.md", "console"): "test_the_command",
     ("docs/conform.md", "console"): "test_conform",
     ("docs/cookbook.md", "python title"): "test_each_recipe",
@@ -105,6 +108,7 @@ class Desk:
     def __init__(self, home: Path, bin: Path, daemon: Containerd, rootfs: Path) -> None:
         self.home = home
         self.bin = bin
+        self.daemon = daemon
         self.tools = Tools(home, bin)
         of_ctr = {"CONTAINERD_ADDRESS": str(daemon.address), "CONTAINERD_NAMESPACE": daemon.namespace}
         self.env = {**self.tools.env, **of_ctr, "PYTEST_ADDOPTS": "-p no:cacheprovider --color=no"}
@@ -237,7 +241,7 @@ def test_debugging(desk: Desk, live: Node) -> None:
     said = desk.play(
         "docs/debugging.md",
         places={"/run/containerd/s/….debug": live.debug},
-        changes={r"^(curl -sN .*)$": r"exec 3< <(exec \1); head -n 1 <&3; kill $!; exec 3<&-"},  # it goes on until the shim ends
+        changes=FOLLOW,
     )
     listed, dump, metrics, log = said.values()
     assert "/run/containerd/s/….debug" in listed.splitlines()  # that of web, among others
@@ -266,8 +270,20 @@ def test_the_examples(desk: Desk) -> None:
     shutil.copytree(ROOT / "examples", desk.home / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (desk.home / "examples" / "modules").mkdir()
     (desk.home / "examples" / "modules" / "hello.wasm").write_bytes(wasmtime.wat2wasm(HELLO))
-    said = desk.play("docs/examples.md", "sh", statuses={"ctr run --rm --runtime io.containerd.wasm.v1": (7,)})
-    assert [text for line, text in said.items() if line.startswith("ctr")] == ["here\n", "hello from a module\n"]
+    try:
+        said = desk.play(
+            "docs/examples.md",
+            "sh",
+            places={"/run/containerd/io.containerd.runtime.v2.task/default/one": str(desk.daemon.bundle("one"))},
+            changes={r"^ctr run -d": f"ctr run -d --fifo-dir {desk.daemon.fifos}", **FOLLOW},
+            statuses={"ctr run --rm --runtime io.containerd.wasm.v1": (7,)},
+        )
+    finally:
+        desk.daemon.ctr("task", "rm", "-f", "one", check=False)  # the last one is detached
+        desk.daemon.ctr("container", "rm", "one", check=False)
+    printed = [text for line, text in said.items() if line.startswith(("ctr", "curl"))]
+    assert printed[:3] == ["here\n", "hello from a module\n", ""]
+    assert re.search(r"\d\d:\d\d:\d\d", printed[3])  # a date, that it goes on to print
 
 
 def test_installing(desk: Desk) -> None:
