@@ -164,7 +164,7 @@ wheels: deps ## build wheels with zig and try them (ARGS="--suite trixie": with 
 	@$(PY) tools/wheels.py $(ARGS)
 
 .PHONY: churn
-churn: build ## thousands of short lives with calls given up at random, about 5 minutes (ARGS="--count N --seed S", --help)
+churn: build ## thousands of short lives with calls given up at random, about 5 minutes (ARGS="--count N --seed S", --help; ARGS=--containerd: through the real one)
 	@$(PY) tools/churn.py $(ARGS)
 
 # The stock shim is Debian's; Rust's: cargo install containerd-runc-shim --root DIR.

@@ -25,7 +25,7 @@ from shimcore.errors import (
     NotFound,
     Unknown,
 )
-from shimcore.oci import control
+from shimcore.oci import control, service
 from shimcore.oci.options import RUNC_OPTIONS
 from shimcore.oci.service import RuncTask
 from shimcore.protos import runc_options_pb2, task_pb2
@@ -551,6 +551,27 @@ def test_shutdown_waits_for_the_last_container(rig: Rig) -> None:
     rig.call(rig.task.shutdown(request, Context()))
     assert rig.exit.is_set()
     rig.call(rig.task.shutdown(request, Context()))
+
+
+# red: a shim that lived on for ever. ttrpc says nothing of a Delete that containerd has given up, and no Shutdown follows
+def test_a_shim_ends_when_nobody_says_shutdown_after_the_last_delete(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: queue.Queue[None] = queue.Queue()
+
+    async def sleep(seconds: float) -> None:
+        assert seconds == service.ORPHAN_TIMEOUT
+        await jobs.in_pool(ends.get)
+
+    monkeypatch.setattr(service.jobs, "sleep", sleep)
+    rig.create("c1")
+    rig.create("c2")
+    rig.delete("c1")
+    rig.delete("c2")
+    rig.create("c3")
+    ends.put(None)  # what c2's Delete began finds c3
+    rig.delete("c3")
+    assert not rig.exit.is_set()
+    ends.put(None)
+    wait_for(rig.exit.is_set)
 
 
 def test_who_was_killed_frozen_and_is_dead_needs_no_thawing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

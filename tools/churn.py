@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import json
 import os
 import random
 import signal
@@ -27,6 +26,8 @@ from typing import TypeVar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from churned import HANG, Watched, dump  # noqa: E402
+
 from shimcore.errors import Closed, DeadlineExceeded, NotFound, ShimError  # noqa: E402
 from shimcore.install import install  # noqa: E402
 from shimcore.protos import types_pb2  # noqa: E402
@@ -36,11 +37,7 @@ from shimcore.ttrpc import Client  # noqa: E402
 
 GROUP = "io.containerd.runc.v2.group"
 COMMANDS = (["true"], ["sh", "-c", "exit 7"], ["sleep", "1000"], ["sh", "-c", "sleep 1000 & sleep 1000"])
-# Seconds after which an end that does not come has failed.
-HANG = 60.0
 ORPHAN_TIMEOUT = 10.0  # that of shimcore.oci.service
-# kB: Python takes its memory from the system in pieces of this size, so that one of them more is no growth yet.
-ARENA = 1024
 
 T = TypeVar("T")
 
@@ -49,55 +46,15 @@ class Given(Exception):
     """The call was given up."""
 
 
-def dump(pids: set[int]) -> None:
-    """What these shims say of themselves when something has gone wrong."""
-    from shimcore.cli import nodes
-
-    for shim in nodes.shims():
-        if shim.pid in pids:
-            print(json.dumps(nodes.look(shim).told)[:20000], flush=True)
-
-
-class Daemon:
-    """A pod's shim, kept alive by a container that sleeps. samples: (containers that it has had, private kB)."""
+class Daemon(Watched):
+    """A pod's shim, kept alive by a container that sleeps."""
 
     def __init__(self, rig: Rig, number: int) -> None:
         self.group = {GROUP: f"pod-{number}-{os.urandom(3).hex()}"}
         self.anchor = rig.container(["sleep", "100000"], annotations=self.group)
         self.anchor.create()
         self.anchor.start()
-        self.had = 0
-        self.idle_fds = len(self.fds())
-        self.samples: list[tuple[int, int]] = []
-
-    def fds(self) -> list[str]:
-        """What its open files are."""
-        folder = Path(f"/proc/{self.anchor.shim_pid}/fd")
-        found = []
-        for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                found.append(str(path.readlink()))
-        return found
-
-    def settle(self) -> None:
-        """Wait until it has no more files open than when it was new: what was given up may be under way in it still."""
-        deadline = time.monotonic() + HANG
-        while len(found := self.fds()) > self.idle_fds:
-            if time.monotonic() > deadline:
-                dump({self.anchor.shim_pid})
-                raise TimeoutError(f"{self.idle_fds} open files have become {sorted(found)}")
-            time.sleep(0.02)
-
-    def sample(self) -> str:
-        lines = Path(f"/proc/{self.anchor.shim_pid}/smaps_rollup").read_text().splitlines()
-        private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-        self.samples.append((self.had, private))
-        return f"{private} kB"
-
-    def growth(self, allowed: int = 0) -> float:
-        """kB of private memory for each 1,000 containers, from the first sample to the last, without what is allowed."""
-        (first, before), (last, after) = self.samples[0], self.samples[-1]
-        return (after - before - allowed) * 1000 / max(last - first, 1)
+        super().__init__(self.anchor.shim_pid)
 
     def end(self) -> None:
         self.anchor.task.kill(9)
@@ -277,7 +234,7 @@ class Churn:
                 container = life.live()
             except Exception as error:
                 self.failed.append(f"container {number}: {type(error).__name__}: {error}")
-                dump({daemon.anchor.shim_pid for daemon in self.daemons})
+                dump({daemon.pid for daemon in self.daemons})
                 return
             with self._changed:
                 if life.killed:
@@ -300,8 +257,7 @@ class Churn:
             if id not in self.untold | anchors and (kinds["/tasks/create"], kinds["exit "], kinds["/tasks/delete"]) != (1, 1, 1):
                 self.failed.append(f"{id}: told {dict(kinds)}")
         for daemon in self.daemons:
-            if daemon.had >= 1000 and daemon.growth(ARENA) > self.args.growth:
-                self.failed.append(f"private memory grew by {daemon.growth():.0f} kB for each 1,000 containers")
+            self.failed += daemon.grown(self.args.growth)
             daemon.end()
         # A shim whose only Create was given up may have been told Shutdown too early; it ends by itself after ORPHAN_TIMEOUT.
         self.rig.leaks.settle(2 * ORPHAN_TIMEOUT)
@@ -310,7 +266,8 @@ class Churn:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--count", type=int, default=4000, help="containers (4000)")
+    parser.add_argument("--containerd", action="store_true", help="under the containerd of PATH, through ctr, not under the rig")
+    parser.add_argument("--count", type=int, help="containers (4000; 400 under containerd)")
     parser.add_argument("--seed", default="", help="of the choices; one is made up and printed")
     parser.add_argument("--workers", type=int, default=4, help="lives at a time (4)")
     parser.add_argument("--pods", type=int, default=2, help="daemons that live all along (2)")
@@ -323,6 +280,13 @@ def main() -> int:
     parser.add_argument("--runtime", default="", help="the OCI runtime's (runc)")
     args = parser.parse_args()
     args.seed = args.seed or os.urandom(4).hex()
+    args.count = args.count or (400 if args.containerd else 4000)
+    if args.containerd:
+        if args.shim or args.runtime:
+            parser.error("under containerd the shim is ours, found by its name, and the runtime its default")
+        from churn_containerd import churn_containerd
+
+        return churn_containerd(args)
     shim = args.shim or install(str(ROOT / "build" / "shim"))
     print(f"seed {args.seed}: {args.count} containers, {args.workers} at a time, {args.pods} pods", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed then too

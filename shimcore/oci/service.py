@@ -41,8 +41,8 @@ else:
 KILLED_INIT_TIMEOUT = 10.0
 # Seconds that Delete waits for a terminal's last output to be taken.
 DRAIN_TIMEOUT = 10.0
-# Seconds after which a shim ends whose only Create was taken back because its caller had gone: nobody will
-# say Shutdown.
+# Seconds after which a shim ends that has nothing left, and has been asked for nothing new: whoever gave up a
+# Create or Delete says no Shutdown, and ttrpc does not tell of a call that was given up.
 ORPHAN_TIMEOUT = 10.0
 
 
@@ -53,6 +53,7 @@ class RuncTask(Restore):
         super().__init__(publisher, exit)
         self.sandbox = Sandbox(self.core, exit, self.let_go)
         self._restored = False
+        self._creates = 0  # Creates so far
         self._streams: Streams | None = None
         self._streams_lock = allocate_lock()
 
@@ -144,6 +145,7 @@ class RuncTask(Restore):
         container = Container(request.id, self.namespace, request.bundle, init, self.lost)
         slot.cookie = init
         self.containers[request.id] = container
+        self._creates += 1
         try:
             async with container.lock:
                 pid = await self._create(container, request, context)
@@ -201,8 +203,10 @@ class RuncTask(Restore):
         await jobs.in_pool(container.unprepare)
 
     async def _end_if_unused(self) -> None:
+        """For a shim that has just become unused; one that has been used since is somebody's."""
+        creates = self._creates
         await jobs.sleep(ORPHAN_TIMEOUT)
-        if self.unused():
+        if creates == self._creates and self.unused():
             self.exit.signal()
 
     # --- Start
@@ -343,6 +347,8 @@ class RuncTask(Restore):
         self.publisher.publish(TOPIC_DELETE, event, container.id)
         container.forget()
         del self.containers[container.id]
+        if self.unused():
+            jobs.Task(self.core, self._end_if_unused()).step()
         return response
 
     async def _kill_unstarted(self, container: Container) -> None:

@@ -91,11 +91,20 @@ class Events:
         with self._changed:
             return bool(self._seen)
 
+    @property
+    def all(self) -> list[Event]:
+        """What has come so far, of every namespace, in order."""
+        with self._changed:
+            return list(self._seen)
+
+    def wait_for(self, come: Callable[[list[Event]], bool], timeout: float = 10.0) -> None:
+        """Until come(all that has been seen) is true. Raises AssertionError after so many seconds."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: come(self._seen), timeout), f"not within {timeout} s"
+
     def of(self, container: str) -> list[Event]:
         """What has come so far about a container's tasks, in order."""
-        with self._changed:
-            seen = list(self._seen)
-        return [one for one in seen if one.container == container and one.topic.startswith("/tasks/")]
+        return [one for one in self.all if one.container == container and one.topic.startswith("/tasks/")]
 
     def topics(self, container: str) -> list[str]:
         return [one.topic for one in self.of(container)]
