@@ -213,6 +213,33 @@ def test_plain_methods_run_on_the_pool(shim: Shims) -> None:
             client.call(TASK, "Pids", task_pb2.PidsRequest(id="a"), task_pb2.PidsResponse, timeout=HANG)
 
 
+@pytest.mark.parametrize("mark", ["", "@aio.shielded"])
+def test_a_call_has_its_trace(shim: Shims, mark: str) -> None:
+    made = shim(f"""
+        from shimcore import trace
+        class Service(Service):
+            def note(self):
+                found = trace.current()
+                self.said.append(found and found.trace_id)
+            {mark}
+            async def create(self, request, context):
+                await asyncio.sleep(0)
+                self.note()
+                await asyncio.to_thread(self.note)
+                job = await aio.run_job(["sh", "-c", "echo $TRACEPARENT"], timeout=60, trace=True)
+                self.said.append(job.output.decode().strip())
+                raise errors.NotFound
+    """)
+    id = "0af7651916cd43dd8448eb211c80319c"
+    parent = f"00-{id}-b7ad6b7169203331-01"
+    address = made.start()
+    with Client(address) as client:
+        for metadata in {"traceparent": parent}, {}:
+            with pytest.raises(errors.NotFound):
+                client.call(TASK, "Create", task_pb2.CreateTaskRequest(id="a"), metadata=metadata, timeout=HANG)
+    assert made.look(address, "task.said") == [id, id, parent, None, None, ""]
+
+
 # ---- one call, by itself ----
 
 
@@ -221,6 +248,7 @@ class Caller:
 
     def __init__(self, remaining: float | None = None) -> None:
         self.remaining = remaining
+        self.trace = None
         self.gone: list[Callable[[], None]] = []
 
     def on_cancel(self, callback: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ order; no thread waits for another but in `run` and `end`.
 
 from __future__ import annotations
 
+from _contextvars import copy_context
 from _thread import _local
 
 from .. import logger
@@ -15,6 +16,7 @@ from ..daemon import start_thread
 from ..debug import report
 from ..errors import Canceled, DeadlineExceeded, Unavailable
 from ..jobs import Op
+from ..trace import calling, current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .._ttrpc import Context
     from ..errors import ShimError
     from ..jobs import Task as Waiter
+    from ..trace import Trace
 
     T = TypeVar("T")
     Make = Callable[[], Coroutine[Any, Any, Any]]
@@ -57,6 +60,7 @@ class Loop:
     def __init__(self, core: Core) -> None:
         import asyncio
 
+        logger.trace_of_call = current  # of a call on the loop too
         self.core = core
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(_failed)
@@ -163,17 +167,28 @@ class Loop:
             self.loop.stop()
 
 
+class _Handled:
+    """What trace.calling is set to. Not the call's Context: tasks that outlive the call would keep its connection."""
+
+    __slots__ = ("trace",)
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+
 class Call(Op):
     """One call of an author's coroutine, awaited by a coroutine of the RPC thread.
 
-    context: whose caller's end, or deadline, cancels it; None: nothing does but the loop's end."""
+    context: whose trace it has, and whose caller's end, or deadline, cancels it unless it is shielded; None: nothing does but the
+    loop's end."""
 
-    __slots__ = ("_context", "_loop", "_make", "_task", "_timer", "_waiter", "_why")
+    __slots__ = ("_context", "_loop", "_make", "_task", "_timer", "_trace", "_waiter", "_why")
 
-    def __init__(self, loop: Loop, make: Make, context: Context | None) -> None:
+    def __init__(self, loop: Loop, make: Make, context: Context | None, shielded: bool = False) -> None:
         self._loop = loop
         self._make: Make | None = make
-        self._context = context
+        self._context = None if shielded else context
+        self._trace = None if context is None else context.trace
         self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: Waiter | None = None
@@ -196,7 +211,10 @@ class Call(Op):
         make, self._make = self._make, None
         assert make is not None
         try:
-            self._task = self._loop.loop.create_task(make())
+            inside = copy_context()
+            if self._trace is not None:
+                inside.run(calling.set, _Handled(self._trace))
+            self._task = self._loop.loop.create_task(make(), context=inside)
         except BaseException as error:  # a method that takes other arguments
             self._back(None, error)
             return

@@ -9,6 +9,7 @@ import os
 
 from .. import _reaper
 from .._reaper import DROPPED, TOLD
+from ..trace import environ
 from .loop import here
 
 TYPE_CHECKING = False
@@ -133,11 +134,14 @@ async def run_job(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     fds: Mapping[int, int] | None = None,
+    trace: bool = False,
 ) -> JobResult:
     """As shimcore.run_job: run a program, wait for its end and have what it has written; see Core.job.
 
     Whoever is cancelled stops waiting; the program goes on, at most until its timeout. OSError when it can't be started."""
     loop = here()
+    if trace:
+        env = environ(env)
     future: asyncio.Future[JobResult] = loop.loop.create_future()
     cookie = _Ended(loop, future)
     loop.core.job(argv, timeout=timeout, cap=cap, env=env, cwd=cwd, fds=fds, cookie=cookie, dies_with_thread=True)

@@ -68,7 +68,7 @@ class Task(task.Task):
         carried = name in SHIELDED or getattr(method, "shimcore_shielded", False)
 
         async def serve(request: Any, context: Context) -> Any:
-            return await Call(loop, lambda: method(request, context), None if carried else context)
+            return await Call(loop, lambda: method(request, context), context, carried)
 
         return serve
 
