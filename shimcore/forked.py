@@ -127,7 +127,8 @@ def become(cls: type[Shim], runtime_id: str, config: Config, guard: Guard, resul
     from .address import remove_socket_silently
 
     try:
-        os.setsid()
+        if os.getsid(0) != os.getpid():  # a spare of the template's has one already
+            os.setsid()
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         log = daemon.log_fd()
         os.dup2(null, 0)

@@ -293,6 +293,8 @@ class _Template:
         if os.getppid() != parent:
             return
         _rehearse(True)
+        # Now: a session has a scheduling group of its own (sched(7), autogroup), and who enters a new one waits for its turn.
+        os.setsid()
         daemon.make_threads(2)
         if self._written:
             try:
