@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from shimcore.rig.templates import end_templates
 
 BUILD = ROOT / "build" / "bench-start"
 NOTHING, LAUNCHER, PYTHON = "a program that does nothing", "the launcher, answered at once", "the interpreter, with nothing to do"
+IMPORTS = "the interpreter, which imports what a daemon is made of, without protobuf"
+MADE_OF = "shim, forked, serve, _ttrpc, oci.shim, oci.service"
 
 
 def program(name: str) -> str:
@@ -52,7 +55,9 @@ class Timer:
 
 def floors(shim: str, rounds: int) -> dict[str, list[float]]:
     """Of a program that does nothing, of our launcher with a template in C that answers at once, and of the interpreter with
-    nothing to do, as the plain way runs it; alternating."""
+    nothing to do but to start, or to import, as the plain way runs it; alternating."""
+    paths = [str(ROOT), sysconfig.get_path("purelib")]
+    imports = f"import sys; sys.path[0:0] = {paths}; import " + ", ".join(f"shimcore.{name}" for name in MADE_OF.split(", "))
     with tempfile.TemporaryDirectory() as folder:
         nothing, launcher, python = Timer("true", folder), Timer(shim, folder), Timer(sys.executable, folder)
         directory = Path(folder, "t")
@@ -64,11 +69,12 @@ def floors(shim: str, rounds: int) -> dict[str, list[float]]:
         end_templates(str(directory))
         answer = Program([program("answer"), str(sockets[0])])
         try:
-            found: dict[str, list[float]] = {NOTHING: [], LAUNCHER: [], PYTHON: []}
+            found: dict[str, list[float]] = {NOTHING: [], LAUNCHER: [], PYTHON: [], IMPORTS: []}
             for _ in range(rounds):
                 found[NOTHING].append(nothing.run("start", env=dict(os.environ)))
                 found[LAUNCHER].append(launcher.run("start", env=env))
-                found[PYTHON].append(python.run("-IS", "-c", "pass", env=dict(os.environ)))
+                found[PYTHON].append(python.run("-IS", "-c", "pass", "start", env=dict(os.environ)))
+                found[IMPORTS].append(python.run("-IS", "-c", imports, "start", env=dict(os.environ)))
             return found
         finally:
             answer.child.kill()
