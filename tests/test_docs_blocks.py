@@ -160,8 +160,9 @@ def live(tmp_path: Path, namespace: str, rootfs: Path, session_root: Path) -> It
 
 
 def test_the_readme(desk: Desk, live: Node) -> None:
-    # What make builds is what the tests run by: it is taken as built, and not built anew below them.
-    make = f"env -u MAKEFLAGS -u MAKELEVEL {shutil.which('make')}"
+    # What make builds is what the tests run by: it is taken as built, and not built anew below them. What may have
+    # called the tests, `make test ARGS=…`, leaves its words in the environment.
+    make = f"env -u MAKEFLAGS -u MAKEOVERRIDES -u MAKELEVEL -u ARGS {shutil.which('make')}"
     desk.tools.program("make", f'#!/bin/sh\nexec {make} -s -C {ROOT} -o build PY={sys.executable} "$@"\n')
     shutil.copytree(ROOT / "examples", desk.home / "examples")
     said = desk.play(
