@@ -283,8 +283,9 @@ def test_the_examples(desk: Desk) -> None:
         desk.daemon.ctr("task", "rm", "-f", "one", check=False)  # the last one is detached
         desk.daemon.ctr("container", "rm", "one", check=False)
     printed = [text for line, text in said.items() if line.startswith(("ctr", "curl"))]
-    assert printed[:3] == ["here\n", "hello from a module\n", ""]
-    assert re.search(r"\d\d:\d\d:\d\d", printed[3])  # a date, that it goes on to print
+    assert printed[:2] == ["here\n", "hello from a module\n"]
+    # A date; ctr may have shown the first, before it let go of the container.
+    assert re.search(r"\d\d:\d\d:\d\d", printed[3])
 
 
 def test_installing(desk: Desk) -> None:
