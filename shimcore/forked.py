@@ -105,8 +105,6 @@ class _Ready:
     def tell(self, words: bytes) -> None:
         if words != daemon.READY:
             return  # the error that it is about is on its way to the guard
-        import gc
-
         from .address import write_address
 
         write_address(self._warm.address)
@@ -114,7 +112,6 @@ class _Ready:
             self._guard.result(self._result)
         except OSError:  # it has gone, which `confirmed` finds out
             pass
-        gc.enable()
 
     def confirmed(self) -> None:
         if not self._guard.printed():

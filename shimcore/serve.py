@@ -388,6 +388,8 @@ def _serve(
     life: Life, state: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """state: what an earlier image of this process has left."""
+    import gc
+
     from .daemon import warm
 
     flags = invocation.flags
@@ -429,6 +431,7 @@ def _serve(
             ready.tell(READY)
         finally:
             told.release()
+            gc.enable()
         if state is not None:
             upgrade.answer(life, state)
         # What follows is not on the way of a start.

@@ -20,7 +20,7 @@ __all__ = ["author"]
 ROOT = Path(__file__).resolve().parent.parent
 
 # Each costs every container time. What `import os` brings is not counted.
-COMMON = {"__future__", "shimcore", *(f"shimcore.{name}" for name in ("bootstrap", "errors", "flags", "shim", "wire"))}
+COMMON = {"__future__", "gc", "shimcore", *(f"shimcore.{name}" for name in ("bootstrap", "errors", "flags", "shim", "wire"))}
 OCI = {"shimcore.util", "shimcore.oci", *(f"shimcore.oci.{name}" for name in ("options", "runc", "shim"))}
 REAPER = {"errno", "shimcore._reaper"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import shutil
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from shimcore.errors import (
     NotFound,
     Unknown,
 )
-from shimcore.oci import control, service
+from shimcore.oci import control, forgotten, service
 from shimcore.oci.options import RUNC_OPTIONS
 from shimcore.oci.service import RuncTask
 from shimcore.protos import runc_options_pb2, task_pb2
@@ -572,6 +573,52 @@ def test_a_shim_ends_when_nobody_says_shutdown_after_the_last_delete(rig: Rig, m
     assert not rig.exit.is_set()
     ends.put(None)
     wait_for(rig.exit.is_set)
+
+
+# red: its slot, FIFOs and ledger stayed for as long as the pod
+def test_a_container_that_containerd_has_forgotten_is_forgotten(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """containerd runs `delete` for it and removes its bundle, and says no Delete, when its connection breaks."""
+    looks: queue.Queue[None] = queue.Queue()
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await jobs.in_pool(looks.get)
+
+    monkeypatch.setattr(forgotten, "sleep", sleep)
+    rig.create("c1")
+    rig.create("c2")
+    rig.start("c1")
+    rig.exec("e1")
+    rig.start("c1", "e1")
+    rig.kill("c1", "e1")
+    rig.kill("c1")
+    rig.told("c1")
+    looks.put(None)  # its bundle is there
+    wait_for(lambda: pauses == [10.0, 20.0])
+    assert rig.core.find("c1") is not None
+    shutil.rmtree(rig.bundle("c1"))
+    looks.put(None)
+    wait_for(lambda: rig.core.find("c1") is None)
+    assert set(rig.task.containers) == {"c2"} and {slot.container_id for slot in rig.core.slots()} == {"c2"}
+    rig.create("c1")  # the id is free
+    rig.delete("c1")
+    rig.delete("c2")
+
+
+def test_the_last_one_that_containerd_has_forgotten_ends_the_shim(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def now(seconds: float) -> None:
+        await jobs.in_pool(wait_for, lambda: not (rig.path / "c1").exists())
+
+    monkeypatch.setattr(forgotten, "sleep", now)
+    monkeypatch.setattr(service, "ORPHAN_TIMEOUT", 0.01)
+    rig.create("c1")
+    rig.start("c1")
+    rig.kill("c1")
+    rig.told("c1")
+    shutil.rmtree(rig.bundle("c1"))
+    wait_for(rig.exit.is_set)
+    assert rig.task.containers == {}
 
 
 def test_who_was_killed_frozen_and_is_dead_needs_no_thawing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

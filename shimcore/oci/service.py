@@ -17,6 +17,7 @@ from ..publisher import TOPIC_CREATE, TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXEC
 from . import handover, runc, stdio
 from .container import SIGKILL, Container
 from .control import empty, state_of
+from .forgotten import Forgotten
 from .process import ExecFiles, Process, check_id, exec_spec
 from .restore import Restore, create_event
 from .sandbox import Sandbox
@@ -52,6 +53,7 @@ class RuncTask(Restore):
     def __init__(self, publisher: RemotePublisher, exit: ExitSignal) -> None:
         super().__init__(publisher, exit)
         self.sandbox = Sandbox(self.core, exit, self.let_go)
+        self._forgotten = Forgotten(self.core, self.containers, self._end_soon)
         self._restored = False
         self._creates = 0  # Creates so far
         self._streams: Streams | None = None
@@ -79,6 +81,8 @@ class RuncTask(Restore):
     def on_exit(self, slot: Slot) -> None:
         if isinstance(slot.cookie, Process):
             slot.cookie.ended(self.core)
+        if not slot.exec_id:
+            self._forgotten.ended()
 
     def describe(self) -> dict[str, object]:
         """The sandbox that this shim may be, the containers, and which of them wait for the runtime."""
@@ -123,6 +127,7 @@ class RuncTask(Restore):
     def go_on(self) -> None:
         handover.resume(self, self._restored)
         self._restored = False
+        self._forgotten.ended()
 
     # --- Create
 
@@ -201,6 +206,10 @@ class RuncTask(Restore):
         if called:
             await self.delete_by_force(container)
         await jobs.in_pool(container.unprepare)
+
+    def _end_soon(self) -> None:
+        if self.unused():
+            jobs.Task(self.core, self._end_if_unused()).step()
 
     async def _end_if_unused(self) -> None:
         """For a shim that has just become unused; one that has been used since is somebody's."""
@@ -347,8 +356,7 @@ class RuncTask(Restore):
         self.publisher.publish(TOPIC_DELETE, event, container.id)
         container.forget()
         del self.containers[container.id]
-        if self.unused():
-            jobs.Task(self.core, self._end_if_unused()).step()
+        self._end_soon()
         return response
 
     async def _kill_unstarted(self, container: Container) -> None:
