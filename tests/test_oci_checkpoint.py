@@ -19,8 +19,10 @@ from shimcore.protos import events_pb2, linux_runc_pb2, runc_options_pb2, task_p
 from shimcore.publisher import RemotePublisher
 from shimcore.rig import Rig as RealRig
 from shimcore.rig.bundle import busybox_rootfs, spec
+from shimcore.rig.stdio import Reader
 from tests.faults import until
 from tests.test_oci_binlog import said, script
+from tests.test_oci_readers import full
 from tests.test_oci_service import Context, Rig, rig, wait_for
 
 __all__ = ["rig"]
@@ -265,7 +267,7 @@ def test_a_process_with_a_clients_fifo_cannot_be_saved(real: RealRig, tmp_path: 
     box = real.container(["sleep", "1000"], namespaces=("pid", "ipc", "uts", "mount"))
     box.create()
     box.start()
-    with pytest.raises(Unknown, match="give it no stdio, or a logging binary"):
+    with pytest.raises(Unknown, match=r"give it no stdio, or a logging binary, or the annotation io\.shimcore\.stdio=copy"):
         box.task.checkpoint(str(tmp_path / "image"))
     box.task.kill(9)
     assert box.wait() == 137
@@ -291,30 +293,55 @@ def test_the_real_runc_without_criu(shim_dir: Path, tmp_path: Path) -> None:
         box.delete()
 
 
-@pytest.mark.parametrize("stdio", ["none", "logger"])
+KINDS = ("pid", "ipc", "uts", "mount")  # to stop a network criu needs iptables
+
+
+def make(
+    real: RealRig, command: str, checkpoint: str = "", uri: str = "", annotations: dict[str, str] | None = None, *,
+    stdin: bool = False,
+) -> Any:  # fmt: skip
+    """A container whose stdout and stderr are `uri`; stdin: whose FIFOs are the rig's."""
+    id = "first"
+    config = spec(
+        ["sh", "-c", command], root=str(real.rootfs), cgroups_path=f"/{real.namespace}/{id}", namespaces=KINDS,
+        annotations=annotations or {},
+    )  # fmt: skip
+    box = real.container(spec=config, id=id, stdin=stdin)
+    request = task_pb2.CreateTaskRequest(id=id, bundle=str(box.bundle.path), checkpoint=checkpoint, stdout=uri, stderr=uri)
+    if stdin:
+        request.stdin, request.stdout, request.stderr = box.stdio.stdin, box.stdio.stdout, box.stdio.stderr
+    request.options.type_url, request.options.value = RUNC_OPTIONS, real.options.SerializeToString()
+    box.task.call("Create", request, task_pb2.CreateTaskResponse)
+    return box
+
+
+def fifo(folder: Path, name: str) -> str:
+    os.mkfifo(folder / name, 0o600)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("stdio", ["none", "logger", "fifo under copy"])
 def test_a_real_process_goes_on_where_it_was(real: RealRig, tmp_path: Path, stdio: str) -> None:
     if reason := usable_criu():
         pytest.skip(reason)
     count = real.rootfs / "count"
     loop = "i=0; while :; do i=$((i+1)); echo $i > /count; echo $i; sleep 0.05; done"
     uri = script(tmp_path) if stdio == "logger" else ""
-    kinds = ("pid", "ipc", "uts", "mount")  # to stop a network criu needs iptables
-
-    def config(id: str) -> dict[str, Any]:
-        return spec(["sh", "-c", loop], root=str(real.rootfs), cgroups_path=f"/{real.namespace}/{id}", namespaces=kinds)
+    annotations = {"io.shimcore.stdio": "copy"} if stdio == "fifo under copy" else None
+    readers: list[Reader] = []
 
     def number() -> int:
         text = count.read_text().strip() if count.exists() else ""
         return int(text or 0)
 
-    def make(id: str, checkpoint: str = "") -> Any:
-        box = real.container(spec=config(id), id=id)
-        request = task_pb2.CreateTaskRequest(id=id, bundle=str(box.bundle.path), checkpoint=checkpoint, stdout=uri, stderr=uri)
-        request.options.type_url, request.options.value = RUNC_OPTIONS, real.options.SerializeToString()
-        box.task.call("Create", request, task_pb2.CreateTaskResponse)
-        return box
+    def begin(checkpoint: str = "") -> Any:
+        nonlocal uri
+        if annotations:
+            uri = fifo(tmp_path, f"fifo{len(readers)}")
+            readers.append(Reader(Path(uri)))
+        return make(real, loop, checkpoint, uri, annotations)
 
-    first = make("first")
+    first = begin()
     first.start()
     until(lambda: number() > 5)
     first.task.checkpoint(str(tmp_path / "image"), runc_options_pb2.CheckpointOptions(exit=True))
@@ -323,7 +350,7 @@ def test_a_real_process_goes_on_where_it_was(real: RealRig, tmp_path: Path, stdi
     first.task.delete()
     first.end()
     count.write_text("")
-    second = make("first", str(tmp_path / "image"))
+    second = begin(str(tmp_path / "image"))
     pid = second.start()
     until(lambda: number() > 0)
     assert number() >= reached > 5
@@ -331,9 +358,69 @@ def test_a_real_process_goes_on_where_it_was(real: RealRig, tmp_path: Path, stdi
     if stdio == "logger":  # a new one, which is given what comes from now on
         until(lambda: b"\n" in said(tmp_path, "stdout"))
         assert int(said(tmp_path, "stdout").split()[0]) >= reached
+    if readers:
+        until(lambda: b"\n" in readers[1].data)
     second.task.kill(9)
     assert second.wait() == 137
     second.task.delete()
+    if readers:  # no line is lost, and none comes twice
+        assert all(reader.wait(10) for reader in readers)
+        lines = [int(line) for reader in readers for line in reader.data.split()]
+        assert lines == list(range(1, len(lines) + 1)) and len(lines) > reached
+        for reader in readers:
+            reader.close()
     want = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
     until(lambda: [event.topic for event in real.events.of("first")][-4:] == want)
     second.end()
+
+
+def test_a_real_process_that_waits_for_its_reader_loses_nothing(real: RealRig, tmp_path: Path) -> None:
+    """FIFO, shim and pipe are full when it is saved."""
+    if reason := usable_criu():
+        pytest.skip(reason)
+    annotations = {"io.shimcore.stdio": "copy"}
+    command = "seq 1 60000; exec sleep 1000"
+    want = b"".join(b"%d\n" % number for number in range(1, 60001))
+    path = fifo(tmp_path, "one")
+    first = make(real, command, uri=path, annotations=annotations)
+    pid = first.start()
+    until(lambda: full(path) and full(f"/proc/{pid}/fd/1"))
+    first.task.checkpoint(str(tmp_path / "image"), runc_options_pb2.CheckpointOptions(exit=True))
+    assert first.wait() == 137
+    one = Reader(Path(path))
+    first.task.delete()
+    first.end()
+    assert one.wait(10)
+    path = fifo(tmp_path, "two")
+    two = Reader(Path(path))
+    second = make(real, command, str(tmp_path / "image"), path, annotations)
+    second.start()
+    until(lambda: two.data.endswith(b"\n60000\n"))
+    second.task.kill(9)
+    assert second.wait() == 137
+    second.task.delete()
+    assert 0 < len(one.data) < len(want) and one.data + two.data == want
+    one.close()
+    two.close()
+    second.end()
+
+
+def test_a_real_process_is_written_to_before_and_after(real: RealRig, tmp_path: Path) -> None:
+    if reason := usable_criu():
+        pytest.skip(reason)
+    annotations = {"io.shimcore.stdio": "copy"}
+    image = ""
+    for word in (b"before\n", b"after\n"):
+        box = make(real, "cat", image, annotations=annotations, stdin=True)
+        box.start()
+        box.stdio.write(word)
+        until(lambda box=box, word=word: box.stdio.output() == word)
+        image = str(tmp_path / "image")
+        if word == b"before\n":
+            box.task.checkpoint(image, runc_options_pb2.CheckpointOptions(exit=True))
+            assert box.wait() == 137
+        else:
+            box.close_stdin()
+            assert box.wait() == 0
+        assert box.stdio.drain()
+        box.delete()

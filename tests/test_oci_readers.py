@@ -116,7 +116,7 @@ def test_block_waits_for_ever(box: Box) -> None:
     assert got == lines(LINES)
 
 
-def full(path: Path) -> bool:
+def full(path: str | Path) -> bool:
     """Whether who writes to a FIFO has to wait."""
     fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     poller = select.poll()
@@ -263,9 +263,11 @@ def test_policies(text: str, want: tuple[str, float, int]) -> None:
     assert (policy.action, policy.after, policy.max) == want
 
 
-@pytest.mark.parametrize("text", ["Drop", "drop,", "drop,after", "drop,after=0", "drop,after=nan", "spill,max=1", "spill,size=9"])
+@pytest.mark.parametrize(
+    "text", ["Drop", "drop,", "drop,after", "drop,after=0", "drop,after=nan", "spill,max=1", "spill,size=9", "copy=1"]
+)
 def test_what_is_no_policy_fails_create(box: Box, text: str) -> None:
-    with pytest.raises(InvalidArgument, match=r"annotation io\.shimcore\.stdio: .* is not block, drop or spill"):
+    with pytest.raises(InvalidArgument, match=r"annotation io\.shimcore\.stdio: .* is not block, drop, spill or copy"):
         box.create(text)
     assert not box.rig.task.containers
 

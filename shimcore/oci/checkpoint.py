@@ -137,7 +137,10 @@ def explain(error: ShimError, work: str, log: str, bundle: str) -> ShimError:
     except OSError:
         kept = os.path.join(work, log)
     if "lookup mount" in said:  # a FIFO or file of the client's
-        said += "; criu can't save a process that holds files of the host: give it no stdio, or a logging binary (docs/stdio.md)"
+        said += (
+            "; criu can't save a process that holds files of the host: give it no stdio, or a logging binary, or the annotation"
+            " io.shimcore.stdio=copy (docs/checkpoint.md)"
+        )
     return Unknown(f"{text}; criu: {said} (its log: {kept})")
 
 

@@ -100,7 +100,7 @@ class Container:
             mkdir(self.rootfs)
             self.mounted = True
             mount.mount_all(mounts, self.rootfs)
-        self.init.open_io((self.options.io_uid, self.options.io_gid), self.namespace)
+        self.init.open_io((self.options.io_uid, self.options.io_gid), self.namespace, self.policy.copy)
 
     def _spec(self) -> dict[str, Any]:
         try:

@@ -1,7 +1,7 @@
 """What the task service hands over to new code when the shim is upgraded in place (upgrade.py): its containers, their
 processes and the open ends of their stdio.
 
-What runs by itself is stopped by hand_over() and begun again by go_on(): the terminals' thread. The coroutines that look after
+What runs by itself is stopped by hand_over() and begun again by go_on(): the relay's thread. The coroutines that look after
 output are not taken over but made anew, by what they were made by before.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .._reaper import Core
+    from .relay import Carried
     from .service import RuncTask
 
 # Container's own fields, as they are.
@@ -37,6 +38,20 @@ def _processes(task: RuncTask) -> Iterator[Process]:
         yield from container.execs.values()
 
 
+def _carried(task: RuncTask) -> list[Carried]:
+    """What the relay carries of all processes."""
+    return [carried for process in _processes(task) if process.io is not None for carried in _carried_of(process.io)]
+
+
+def _carried_of(io: Stdio) -> list[Carried]:
+    found: list[Carried] = [] if io._console is None else [io._console]
+    if io.copied:
+        from .copying import copied
+
+        found += copied(io)
+    return found
+
+
 # --- in the old code
 
 
@@ -46,8 +61,7 @@ def save(task: RuncTask, trial: bool) -> dict[str, Any]:
         raise FailedPrecondition("this shim is a pod's sandbox: its pause process would end with the code that made it")
     if not trial and not task.containers:
         raise FailedPrecondition("it has no container yet, or none any more")
-    terminals = any(process.io is not None and process.io._console is not None for process in _processes(task))
-    if terminals and not trial:
+    if _carried(task) and not trial:
         from .relay import hold
 
         hold(True)
@@ -66,7 +80,8 @@ def _save_container(container: Container, fds: list[int]) -> dict[str, Any]:
     return {
         "id": container.id,
         "options": container.options.values(),
-        "policy": [policy.action, policy.after, policy.max],
+        # Code that knows no copying refuses the fourth.
+        "policy": [policy.action, policy.after, policy.max, *([True] if policy.copy else [])],
         "lost": _save_lost(container.lost),
         "init": _save_process(container.init, fds),
         "execs": [_save_process(one, fds) for one in container.execs.values() if one.slot.phase != OPENED],
@@ -89,10 +104,10 @@ def _save_io(io: Stdio, fds: list[int]) -> dict[str, Any]:
     if io.streamed:
         raise FailedPrecondition("a process has containerd's streams for its stdio, whose calls never rest")
     console, logger = io._console, io.logger
-    streams = [(one.name, one.read_fd, one.write_fd) for one in io.streams]
+    streams = [(one.name, one.read_fd, one.write_fd) for one in io.streams if not one.carried]
     ends = [*io._child.values(), io._input, io._output, io._stdin_hold]
-    for _, read_fd, write_fd in streams:
-        ends += [read_fd, write_fd]
+    for one in io.streams:
+        ends += [one.read_fd, one.write_fd]
     saved: dict[str, Any] = {
         "child": [[number, fd] for number, fd in io._child.items()],
         "input": io._input,
@@ -106,6 +121,11 @@ def _save_io(io: Stdio, fds: list[int]) -> dict[str, Any]:
     if console is not None and not console.closed:
         saved["console"] = console.save()
         ends.append(console.master)
+    if io.copied:
+        from .copying import save
+
+        saved["copied"], copied_ends = save(io)
+        ends += copied_ends
     if logger is not None:
         saved["logger"] = [logger._path, logger._fd]
         ends.append(logger._fd)
@@ -166,6 +186,10 @@ def _io(saved: dict[str, Any]) -> Stdio:
         from .binlog import Logger
 
         io.logger = Logger.adopt(*saved["logger"])
+    if saved.get("copied") is not None:  # older code has none
+        from .copying import restore
+
+        restore(io, saved["copied"])
     if saved["console"] is not None:
         from .relay import Console
 
@@ -175,12 +199,12 @@ def _io(saved: dict[str, Any]) -> Stdio:
 
 def resume(task: RuncTask, restored: bool) -> None:
     """restored: in the new code; else in the old one, which goes on."""
-    consoles = [process.io._console for process in _processes(task) if process.io is not None and process.io._console is not None]
-    if consoles:
+    carried = _carried(task)
+    if carried:
         from .relay import carry_on, hold
 
         if restored:
-            carry_on(consoles)
+            carry_on(carried)
         else:
             hold(False)
     if not restored:

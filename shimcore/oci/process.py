@@ -73,11 +73,11 @@ class Process:
         self.console_socket: ConsoleSocket | None = None  # while the runtime makes the process
         self.size: tuple[int, int] | None = None  # width and height that were asked for before there was a terminal
 
-    def open_io(self, owner: tuple[int, int] = (0, 0), namespace: str = "") -> None:
+    def open_io(self, owner: tuple[int, int] = (0, 0), namespace: str = "", copy: bool = False) -> None:
         """For the pool."""
         self.io = open_stdio(
             self.stdin, self.stdout, self.stderr, hold_stdin=not self.stdin_closed, owner=owner, terminal=self.terminal,
-            id=self.exec_id or self.slot.container_id, namespace=namespace, streams=self.streams,
+            id=self.exec_id or self.slot.container_id, namespace=namespace, streams=self.streams, copy=copy,
         )  # fmt: skip
         if self.terminal:
             from .terminal import ConsoleSocket

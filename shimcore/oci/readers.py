@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         def close(self) -> None: ...
 
 BLOCK, DROP, SPILL = "block", "drop", "spill"
+COPY = "copy"  # by itself: block, and copy
 ANNOTATION = "io.shimcore.stdio"  # of one container, in config.json
 VARIABLE = "SHIMCORE_STDIO"  # of all, in containerd's environment
 
@@ -44,20 +45,27 @@ PIECE = 32768  # bytes taken at once: half of what a FIFO holds
 
 
 class Policy:
-    """action: BLOCK, DROP or SPILL. after: seconds that nobody reads. max: bytes of a stream that are kept on disk."""
+    """action: BLOCK, DROP or SPILL. after: seconds that nobody reads. max: bytes of a stream that are kept on disk. copy: init
+    gets pipes, and we copy (copying)."""
 
-    __slots__ = ("action", "after", "max")
+    __slots__ = ("action", "after", "copy", "max")
 
-    def __init__(self, action: str = BLOCK, after: float = AFTER, max: int = SPILL_MAX) -> None:
+    def __init__(self, action: str = BLOCK, after: float = AFTER, max: int = SPILL_MAX, copy: bool = False) -> None:
         self.action = action
         self.after = after
         self.max = max
+        self.copy = copy
+
+    def __str__(self) -> str:
+        return f"{self.action},{COPY}" if self.copy else self.action
 
 
 def parse(text: str, where: str) -> Policy:
-    """`spill,after=10,max=16777216`; "" is block. Raises InvalidArgument, which names `where`."""
+    """`spill,after=10,max=16777216`; "" is block, `copy` is `block,copy`. Raises InvalidArgument, which names `where`."""
     policy = Policy()
     policy.action, *settings = text.split(",") if text else [BLOCK]
+    if policy.action == COPY:
+        policy.action, policy.copy = BLOCK, True
     try:
         if policy.action not in (BLOCK, DROP, SPILL):
             raise ValueError
@@ -67,13 +75,16 @@ def parse(text: str, where: str) -> Policy:
                 policy.after = float(value)
             elif name == "max":
                 policy.max = int(value)
+            elif setting == COPY:
+                policy.copy = True
             else:
                 raise ValueError
         if not (0.1 <= policy.after <= 86400 and 4096 <= policy.max <= 1 << 40):
             raise ValueError
     except ValueError:
         raise InvalidArgument(
-            f"{where}: {text!r} is not block, drop or spill; after=SECONDS (0.1 to 86400) and max=BYTES (from 4096) may follow it"
+            f"{where}: {text!r} is not block, drop, spill or copy;"
+            " after=SECONDS (0.1 to 86400), max=BYTES (from 4096) and copy may follow it"
         ) from None
     return policy
 
@@ -231,9 +242,15 @@ class _Tail:
         return data
 
     def rest(self) -> bytes:
-        """All that there is now, when the process has ended, if it is to be kept and nobody has come for it."""
+        """All that there is now, when the process has ended, if it is to be kept and nobody has come for it. If not, what is in
+        the way of newer bytes."""
         data = b""
-        while self.gone and self.spill is not None and not self._somebody() and len(data) < 2 * PIECE:
+        while (
+            self.gone
+            and (self.spill is not None or self.stream.behind())
+            and not self._somebody()
+            and len(data) < self.stream.holds
+        ):
             piece = self.take()
             if not piece:
                 break

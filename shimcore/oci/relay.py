@@ -1,5 +1,5 @@
-"""The bytes that pass through a shim, carried by one thread: those of terminals, between a console and its FIFOs (Console), and
-those of containerd's streams (streaming).
+"""The bytes that pass through a shim, carried by one thread: those of terminals, between a console and its FIFOs (Console),
+those of containerd's streams (streaming), and those that are copied between pipes and FIFOs (copying).
 
 The thread is made with the first of them. Nothing is read that has no room: a reader that has stopped makes the console's
 program wait, as a terminal does, and delays no other. When the last process has closed the terminal, what is left of its output
@@ -208,9 +208,9 @@ class Relay:
         self.begin(console)
         return console
 
-    def begin(self, console: Console) -> None:
+    def begin(self, carried: Carried) -> None:
         with self.lock:
-            self.arm(console)
+            self.arm(carried)
 
     def close(self, console: Console) -> None:
         with self.lock:
@@ -286,7 +286,7 @@ def carry(master: int, input: int, output: int) -> Console:
 
 
 def hold(on: bool) -> None:
-    """Keep every terminal's bytes where they are, or let them go on."""
+    """Keep all bytes where they are, or let them go on."""
     lock = the_relay().lock
     if on:
         lock.acquire()
@@ -294,7 +294,7 @@ def hold(on: bool) -> None:
         lock.release()
 
 
-def carry_on(consoles: list[Console]) -> None:
+def carry_on(all: list[Carried]) -> None:
     """Carry these, which restore() has made."""
-    for console in consoles:
-        the_relay().begin(console)
+    for carried in all:
+        the_relay().begin(carried)

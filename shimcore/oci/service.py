@@ -380,7 +380,7 @@ def _output(container: Container) -> dict[str, object]:
     """What becomes, and has become, of output that nobody reads; for the pool."""
     watches = {process.exec_id: process.watch for process in [container.init, *list(container.execs.values())]}
     return {
-        "policy": container.policy.action,
+        "policy": str(container.policy),
         "dropped_bytes": container.lost.dropped,
         "spilled_bytes": container.lost.spilled,
         "unread": {id: gone for id, watch in watches.items() if watch is not None and (gone := watch.gone())},

@@ -1,5 +1,5 @@
-"""stdin, stdout and stderr of a process, handed to it directly: no byte passes through the shim, but for a terminal's (relay) and
-those of containerd's streams (streaming).
+"""stdin, stdout and stderr of a process, handed to it directly: no byte passes through the shim, but for a terminal's (relay),
+those of containerd's streams (streaming), and those of who asked for copying.
 
 FIFOs (a plain path, or fifo://). Of stdout and stderr we open the read end first, then the write end, so that
 neither open waits for containerd; both are ours while the process lives. So its writes never meet a FIFO
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .binlog import Logger
+    from .copying import CopiedInput
     from .readers import Readers
     from .relay import Console
     from .streaming import InputStream, Streams
@@ -90,7 +91,9 @@ class Stream:
 
     __slots__ = ("name", "read_fd", "write_fd")
 
-    carried = False  # by the relay, to a client of ours
+    carried = False  # by the relay, which reads what the process writes to a pipe
+    streamed = False  # to a client that calls us
+    holds = 65536  # bytes that wait for a reader, at most
 
     def __init__(self, name: str, read_fd: int, write_fd: int) -> None:
         self.name = name
@@ -126,6 +129,10 @@ class Stream:
         """The oldest bytes, in the place of a reader. Raises BlockingIOError."""
         return os.read(self.read_fd, size)
 
+    def behind(self) -> bool:
+        """Whether there is more than the FIFO has room for."""
+        return False
+
     def close(self) -> None:
         if self.write_fd >= 0:
             os.close(self.write_fd)
@@ -145,7 +152,7 @@ class Stdio:
         self._console: Console | None = None
         self.streams: list[Stream] = []
         self._stdin_hold = -1
-        self._stdin: InputStream | None = None
+        self._stdin: InputStream | CopiedInput | None = None
         self.logger: Logger | None = None
         self._closed = False
 
@@ -179,7 +186,13 @@ class Stdio:
     @property
     def streamed(self) -> bool:
         """Whether some of it is a stream of containerd's."""
-        return self._stdin is not None or any(stream.carried for stream in self.streams)
+        return (self._stdin is not None and self._stdin.streamed) or any(stream.streamed for stream in self.streams)
+
+    @property
+    def copied(self) -> bool:
+        """Whether some of it goes between pipes and the client's FIFOs."""
+        streams = any(stream.carried and not stream.streamed for stream in self.streams)
+        return streams or (self._stdin is not None and not self._stdin.streamed)
 
     @property
     def passes(self) -> bool:
@@ -378,13 +391,14 @@ def open_stdio(
     id: str = "",
     namespace: str = "",
     streams: Callable[[], Streams] | None = None,
+    copy: bool = False,
 ) -> Stdio:
     """Open everything for one process; for the pool.
 
     terminal: they are for a terminal, which attach() brings; stderr is not used then. hold_stdin: False when CloseIO came
     before the process. owner: uid and gid of the FIFOs of output (io_uid, io_gid). id, namespace: what a logging binary is told.
-    streams: gives the shim's streams; not called unless there is a URI of one. Raises InvalidArgument, OSError, what Logger and
-    Streams raise; nothing is left open then."""
+    streams: gives the shim's streams; not called unless there is a URI of one. copy: the process gets pipes, if not a terminal,
+    and the relay copies. Raises InvalidArgument, OSError, what Logger and Streams raise; nothing is left open then."""
     io = Stdio()
     try:
         scheme, path = _split(stdin)
@@ -410,6 +424,10 @@ def open_stdio(
                 io._open_null(number)
         if terminal:
             io._for_terminal()
+        elif copy:
+            from .copying import put_between
+
+            put_between(io, owner)
     except BaseException:
         io.close()
         raise

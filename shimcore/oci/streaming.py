@@ -370,7 +370,7 @@ class OutputStream(Stream):
 
     __slots__ = ("_output", "_release")
 
-    carried = True
+    carried = streamed = True
 
     def __init__(self, name: str, output: Output, write_fd: int, streams: Streams, id: str) -> None:
         super().__init__(name, -1, write_fd)
@@ -412,6 +412,8 @@ class InputStream:
     """stdin of a process."""
 
     __slots__ = ("_id", "_input", "_streams")
+
+    streamed = True
 
     def __init__(self, input: Input, streams: Streams, id: str) -> None:
         self._input = input
