@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from shimcore.oci.readers import parse
 from shimcore.oci.relay import the_relay
 from shimcore.oci.service import DRAIN_TIMEOUT
 from shimcore.oci.stdio import open_stdio
+from shimcore.protos import task_pb2
 from shimcore.rig import Rig, Session
 from tests.faults import until
 from tests.test_oci_readers import full
@@ -249,18 +249,18 @@ def test_a_reader_that_goes_and_another(rig: Rig) -> None:
 # red: Delete does not wait
 def test_delete_waits_for_a_reader_that_is_behind(rig: Rig) -> None:
     box = running(rig, "seq 1 20000", read=False)  # FIFO and pipe have it all: the process has ended
-    fd = reader(box.stdio.stdout)
     assert box.wait() == 0
-    deleted = threading.Thread(target=box.task.delete)
-    deleted.start()
-    until(lambda: subprocess.run(["runc", "state", box.id], capture_output=True, timeout=30).returncode != 0)
-    assert deleted.is_alive()
-    got = b""
-    while select.select([fd], [], [], 10)[0] and (data := os.read(fd, 4096)):
-        got += data
-    deleted.join()
-    os.close(fd)
-    assert got == b"".join(b"%d\n" % number for number in range(1, 20001))
+    request = task_pb2.DeleteRequest(id=box.id)
+    service = f"containerd.task.v{box.started.version}.Task"
+    deleted = box.client.start(service, "Delete", request, task_pb2.DeleteResponse, timeout=20.0)
+    until(lambda: not (rig.root / "runc" / rig.namespace / box.id).exists())
+    for _ in range(50):  # the runtime has done its part; what follows takes no longer than these
+        box.task.state()
+    assert not deleted.done()
+    box.stdio.open_readers()
+    assert deleted.result().exit_status == 0
+    assert box.stdio.out is not None and box.stdio.out.wait(10)
+    assert box.stdio.output() == b"".join(b"%d\n" % number for number in range(1, 20001))
     box.end()
 
 
@@ -316,4 +316,18 @@ def test_an_upgrade_takes_it_over(changing: Rig, copy: Copy) -> None:
     os.close(fd)
     assert box.wait() == 0
     assert box.stdio.drain() and box.stdio.output() == NUMBERS + b"more\n"
+    box.delete()
+
+
+# red: the relay not held between the old and the new code
+def test_nothing_is_lost_or_doubled_while_it_is_upgraded(changing: Rig, copy: Copy) -> None:
+    box = running(changing, "i=0; while :; do i=$((i+1)); echo $i; done")
+    for number in range(1, 5):
+        until(lambda number=number: len(box.stdio.output()) > number * 100_000)  # type: ignore[misc]
+        upgrade(box)
+    box.task.kill(9)
+    assert box.wait() == 137
+    assert box.stdio.drain()
+    lines = box.stdio.output().split()
+    assert lines == [b"%d" % number for number in range(1, len(lines) + 1)]
     box.delete()
