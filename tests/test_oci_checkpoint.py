@@ -22,7 +22,7 @@ from shimcore.rig.bundle import busybox_rootfs, spec
 from shimcore.rig.stdio import Reader
 from tests.faults import until
 from tests.test_oci_binlog import said, script
-from tests.test_oci_readers import full
+from tests.test_oci_readers import VARIABLE, full
 from tests.test_oci_service import Context, Rig, rig, wait_for
 
 __all__ = ["rig"]
@@ -225,6 +225,18 @@ def test_a_restore_that_fails_leaves_a_stopped_container(told: Told) -> None:
     with pytest.raises(FailedPrecondition):
         told.rig.start()
     assert told.rig.delete().exit_status == 255
+
+
+def test_a_restore_under_copy_that_fails_can_be_deleted(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "copy")
+    path = fifo(told.root, "out")
+    told.rig.create(checkpoint="/image", options=told.options(), stdout=path)
+    told.rig.do("restore", "fail 'criu failed: type RESTORE errno 0'\n")
+    with pytest.raises(Unknown, match="OCI runtime restore failed: criu failed"):
+        told.rig.start()
+    assert told.rig.delete().exit_status == 255
+    with pytest.raises(OSError, match="No such device or address"):  # nobody has it open
+        os.open(path, os.O_WRONLY | os.O_NONBLOCK)
 
 
 def test_a_restored_process_that_dies_at_once_is_told_after_its_start(told: Told) -> None:

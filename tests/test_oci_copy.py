@@ -102,8 +102,8 @@ def test_last_words_and_the_end(fifos: tuple[str, str, str]) -> None:
 # red: nobody looks at who has the other end of stdin's pipe
 def test_a_process_that_reads_no_more(fifos: tuple[str, str, str]) -> None:
     io = open_stdio(fifos[0], "", "", copy=True)
+    client = os.open(fifos[0], os.O_WRONLY | os.O_NONBLOCK)
     io.started()  # nobody has the pipe now
-    client = os.open(fifos[0], os.O_WRONLY | os.O_NONBLOCK) if io.copied else -1
     ask = select.poll()
     ask.register(client, 0)
     assert ask.poll(10000) == [(client, select.POLLERR)]
