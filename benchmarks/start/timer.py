@@ -57,7 +57,9 @@ def floors(shim: str, rounds: int) -> dict[str, list[float]]:
     """Of a program that does nothing, of our launcher with a template in C that answers at once, and of the interpreter with
     nothing to do but to start, or to import, as the plain way runs it; alternating."""
     paths = [str(ROOT), sysconfig.get_path("purelib")]
-    imports = f"import sys; sys.path[0:0] = {paths}; import " + ", ".join(f"shimcore.{name}" for name in MADE_OF.split(", "))
+    end = "import posix; posix._exit(0)"  # as a shim ends
+    modules = ", ".join(f"shimcore.{name}" for name in MADE_OF.split(", "))
+    imports = f"import gc, sys; gc.disable(); sys.path[0:0] = {paths}; import {modules}; {end}"
     with tempfile.TemporaryDirectory() as folder:
         nothing, launcher, python = Timer("true", folder), Timer(shim, folder), Timer(sys.executable, folder)
         directory = Path(folder, "t")
@@ -73,7 +75,7 @@ def floors(shim: str, rounds: int) -> dict[str, list[float]]:
             for _ in range(rounds):
                 found[NOTHING].append(nothing.run("start", env=dict(os.environ)))
                 found[LAUNCHER].append(launcher.run("start", env=env))
-                found[PYTHON].append(python.run("-IS", "-c", "pass", "start", env=dict(os.environ)))
+                found[PYTHON].append(python.run("-IS", "-c", end, "start", env=dict(os.environ)))
                 found[IMPORTS].append(python.run("-IS", "-c", imports, "start", env=dict(os.environ)))
             return found
         finally:
