@@ -34,15 +34,33 @@ _MESSAGE_MAX = 65536
 class Warm:
     """In a fork that acts (forked.py): who ran the shim; once `spawn` was called, the daemon that this process is to become."""
 
-    __slots__ = ("address", "arguments", "bound", "caller", "environ", "listener")
+    __slots__ = ("address", "arguments", "bound", "caller", "environ", "listener", "template")
 
-    def __init__(self, caller: int, bound: Callable[[str, float], None] | None = None) -> None:
+    def __init__(self, caller: int, bound: Callable[[str, float], None] | None = None, template: int = -1) -> None:
         self.caller = caller
         self.bound = bound  # told the address, and spawn's ready_timeout
+        self.template = template  # an fd to it, or -1
         self.listener = -1
         self.address = ""
         self.arguments: list[str] = []
         self.environ: dict[str, str] = {}
+
+    def became(self) -> None:
+        """This process is a daemon from now on: the template, if there is one, is told."""
+        if self.template >= 0:
+            tell_template(self.template, DAEMON)
+            os.close(self.template)
+            self.template = -1
+
+
+DAEMON = 1 << 31  # beside a pid: it is a daemon now; without it, it has been asked
+
+
+def tell_template(fd: int, what: int = 0) -> None:
+    try:
+        os.write(fd, (os.getpid() | what).to_bytes(4, "little"))
+    except OSError:  # it has gone
+        pass
 
 
 warm: Warm | None = None

@@ -136,6 +136,7 @@ def become(cls: type[Shim], runtime_id: str, config: Config, guard: Guard, resul
             os.close(log)
         os.dup2(warm.listener, daemon.SOCKET_FD, inheritable=False)
         os.close(warm.listener)
+        warm.became()
         os.environ.update(warm.environ)
         entitle(warm.arguments)
         invocation = bootstrap.parse_invocation(warm.arguments, os.environ)

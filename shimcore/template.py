@@ -169,7 +169,7 @@ def _rehearse(spare: bool) -> None:
 
 class _Template:
     __slots__ = (
-        "_asked", "_cgroup", "_changes", "_directory", "_listener", "_name", "_notes", "_run", "_signals", "_spares", "_written",
+        "_cgroup", "_changes", "_daemons", "_directory", "_listener", "_name", "_notes", "_run", "_signals", "_spares", "_written",
     )  # fmt: skip
 
     def __init__(self, directory: int, name: str, run: Callable[[Guard], None]) -> None:
@@ -177,7 +177,7 @@ class _Template:
         self._name = name
         self._run = run
         self._spares: set[int] = set()
-        self._asked: list[int] = []  # spares that may be daemons by now
+        self._daemons: list[int] = []  # those that were spares, until we know what they write to
         self._written: bytes | None = None  # the pages that a daemon writes to in its first moments
         self._cgroup = _cgroup()
         # Readable once a file that we have loaded has changed; shared with the spares, and read by nobody.
@@ -243,19 +243,17 @@ class _Template:
         for at in range(0, len(data), 4):
             pid = int.from_bytes(data[at : at + 4], "little")
             self._spares.discard(pid)
-            if self._written is None:
-                self._asked.append(pid)
+            if pid & daemon.DAEMON and self._written is None:
+                self._daemons.append(pid & ~daemon.DAEMON)
 
     def _learn(self) -> None:
         """Which pages a start writes to: spares that are made from now on have them, and wait for no copy then."""
-        while self._asked and self._written is None:
-            pid = self._asked.pop()
+        while self._daemons and self._written is None:
             try:
-                if os.getsid(pid) == pid:  # a daemon, not an action that has been done
-                    self._written = _reaper.written_pages(pid) or None  # none: it has ended
+                self._written = _reaper.written_pages(self._daemons.pop()) or None  # none: it has ended
             except OSError:  # it has gone
                 pass
-        self._asked.clear()
+        self._daemons.clear()
 
     def _bury(self) -> None:
         while True:
@@ -303,10 +301,7 @@ class _Template:
                 pass
         fd, _ = self._listener._accept()  # type: ignore[attr-defined]
         _reaper.set_death_signal(0)
-        try:
-            os.write(self._notes[1], os.getpid().to_bytes(4, "little"))
-        except OSError:  # the template has gone
-            pass
+        daemon.tell_template(self._notes[1])
         connection = _socket.socket(fileno=raised(fd))
         _, uid, _ = unpack("3i", connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))
         if uid != os.geteuid():
@@ -327,7 +322,11 @@ class _Template:
         if connection.recv(1) != b"G":
             return
         connection.settimeout(None)
-        daemon.warm = daemon.Warm(request.parent)
+        if sys.argv[-1] == "start":
+            daemon.warm = daemon.Warm(request.parent, template=self._notes[1])
+        else:  # no daemon comes of it
+            os.close(self._notes[1])
+            daemon.warm = daemon.Warm(request.parent)
         print_to_log()
         self._run(Guard(connection))
 
@@ -341,7 +340,7 @@ class _Template:
 
     def _close_own(self) -> None:
         self._listener.close()
-        for fd in (self._directory, self._changes, *self._notes, *self._signals):
+        for fd in (self._directory, self._changes, self._notes[0], *self._signals):
             os.close(fd)
 
 

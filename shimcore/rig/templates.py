@@ -22,12 +22,12 @@ def templates(directory: str) -> list[int]:
 
 
 def with_spares(directory: str) -> list[int]:
-    """Those, and their spares. Daemons are a template's children, too, but each leads a session of its own."""
+    """Those, and their spares. Daemons are a template's children, too, but each has its shim's command line."""
     found = templates(directory)
     for pid in list(found):
         with suppress(OSError):
             children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-            found += [child for child in children if os.getsid(child) == os.getsid(pid)]
+            found += [child for child in children if b"-id" not in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")]
     return found
 
 
