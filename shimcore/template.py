@@ -169,7 +169,8 @@ def _rehearse(spare: bool) -> None:
 
 class _Template:
     __slots__ = (
-        "_cgroup", "_changes", "_daemons", "_directory", "_listener", "_name", "_notes", "_run", "_signals", "_spares", "_written",
+        "_cgroup", "_changes", "_daemons", "_directory", "_listener", "_name", "_notes", "_run", "_signals", "_spares",
+        "_written",
     )  # fmt: skip
 
     def __init__(self, directory: int, name: str, run: Callable[[Guard], None]) -> None:
