@@ -9,6 +9,7 @@ import pytest
 
 from tests.containerd.conftest import TRAPPED, Box
 from tests.containerd.daemon import alive, wait_for
+from tests.test_oci_checkpoint import usable_criu
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -121,6 +122,21 @@ def test_many_execs_in_one_container(box: Box) -> None:
         assert list(pool.map(one, range(20))) == list(range(20))
     missing = box.exec(name, "/no/such/command", check=False)
     assert missing.returncode == 1 and re.search("no such file", missing.stderr)
+    box.daemon.ctr("task", "rm", "-f", name, check=False)
+    box.daemon.ctr("container", "rm", name)
+
+
+def test_a_checkpoint_by_ctr(box: Box) -> None:
+    """Of a container with ctr's FIFOs, by each shim; to a name that is not the stock's ctr hands no options on."""
+    if reason := usable_criu():
+        pytest.skip(reason)
+    name = box.name()
+    flags = ("-d", "--net-host", "--annotation", "io.shimcore.stdio=copy")  # to stop a network criu needs iptables
+    box.run(name, "/bin/sh", "-c", TRAPPED, flags=flags)
+    image = box.daemon.ctr("task", "checkpoint", name).stdout.strip()
+    assert image in box.daemon.ctr("image", "ls", "-q").stdout.split()
+    assert box.status(name) == "RUNNING"
+    box.daemon.ctr("image", "rm", image)
     box.daemon.ctr("task", "rm", "-f", name, check=False)
     box.daemon.ctr("container", "rm", name)
 
