@@ -54,23 +54,27 @@ cdef class Context:
     def metadata(self):
         cdef sc_reader r
         cdef sc_slice key, value
+        cdef list pairs
         if self.pairs is None:
-            self.pairs = []
+            pairs = []
             r.p = self.k.metadata
             r.end = self.k.metadata + self.k.metadata_len
             while self.k.metadata != NULL and sc_metadata_next(&r, &key, &value) == 1:
-                self.pairs.append(((<const char *>key.p)[:key.n].decode(), (<const char *>value.p)[:value.n].decode("utf-8", "replace")))
+                pairs.append(((<const char *>key.p)[:key.n].decode(), (<const char *>value.p)[:value.n].decode("utf-8", "replace")))
+            self.pairs = pairs
         return list(self.pairs)
 
     @property
     def trace(self):
-        if self.traced is False:
-            self.traced = None
+        found = self.traced
+        if found is False:  # any thread may ask, also while another does
+            found = None
             if self.may_trace():
                 from .trace import of
 
-                self.traced = of(self.metadata)
-        return self.traced
+                found = of(self.metadata)
+            self.traced = found
+        return found
 
     cdef bint may_trace(self) noexcept:
         """Whether there is a traceparent: without one, which is the rule, nothing is decoded or imported."""

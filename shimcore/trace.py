@@ -35,8 +35,9 @@ _LENGTHS = [2, 32, 16, 2]
 _MEMBERS_MAX = 32
 _MEMBER_MAX = 513
 
-#: asyncio's: the call that is handled in this context, or None; what it holds has an attribute `trace`.
-calling: ContextVar[Any] = ContextVar("shimcore.trace.calling", default=None)
+# asyncio's: the trace of the call that is handled in this context. Not its Context: tasks that outlive the call would keep its
+# connection.
+calling: ContextVar[Trace | None] = ContextVar("shimcore.trace.calling", default=None)
 
 
 class Trace:
@@ -106,8 +107,8 @@ def of(metadata: Iterable[tuple[str, str]]) -> Trace | None:
 
 def current() -> Trace | None:
     """The trace of the call that is handled here; None outside of calls, and where there is none."""
-    call = handled() or calling.get()
-    found: Trace | None = None if call is None else call.trace
+    call = handled()
+    found: Trace | None = calling.get() if call is None else call.trace
     return found
 
 

@@ -122,6 +122,29 @@ def test_a_handler_sees_it(rig: Rig, kind: int) -> None:
             assert call(client, "See") == call(client, "See", metadata=[("traceparent", "x")]) == b"none|none"
 
 
+def test_threads_that_ask_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[bytes] = []
+
+    def see(request: BytesValue, context: Context) -> BytesValue:
+        def of(metadata: list[tuple[str, str]]) -> trace.Trace | None:
+            """While the first is read, another thread asks."""
+            monkeypatch.undo()
+            other = threading.Thread(target=lambda: answers.append(seen(context.trace)))
+            other.start()
+            other.join()
+            return trace.of(metadata)
+
+        monkeypatch.setattr(trace, "of", of)
+        answers.append(seen(context.trace))
+        return BytesValue()
+
+    rig.add("See", INLINE, see)
+    rig.start()
+    with rig.client() as client:
+        call(client, "See", metadata=METADATA)
+    assert answers == [f"{PARENT} a=1,b=2".encode()] * 2
+
+
 def test_nothing_is_kept_when_a_handler_has_failed(rig: Rig) -> None:
     threads: dict[str, Any] = {}
 

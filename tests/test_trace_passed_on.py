@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,7 @@ __all__ = ["log", "rig"]
 
 def test_the_environment() -> None:
     def within(metadata: list[tuple[str, str]], env: dict[str, str] | None) -> Any:
-        class Call:
-            trace = trace.of(metadata)
-
-        token = trace.calling.set(Call)
+        token = trace.calling.set(trace.of(metadata))
         try:
             return trace.environ(env)
         finally:
@@ -134,6 +133,44 @@ def test_asyncio_sees_logs_and_forwards_it(session_root: Path, log: logger.Logge
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 9
     assert sum(f'trace="{ID}-{SPAN}"' in line for line in lines) == sum(' trace="1' in line for line in lines) == 3
+
+
+def test_a_task_that_outlives_its_call_does_not_keep_it(session_root: Path) -> None:
+    file = descriptor_pb2.FileDescriptorProto(name="tests/outlived.proto", package="outlived", syntax="proto3")
+    file.dependency.append("google/protobuf/wrappers.proto")
+    text = ".google.protobuf.BytesValue"
+    file.service.add(name="Outlived").method.add(name="Begin", input_type=text, output_type=text)
+    described = descriptor_pool.Default().AddSerializedFile(file.SerializeToString()).services_by_name["Outlived"]
+    contexts: list[weakref.ref[aio.Context]] = []
+    tasks: list[asyncio.Task[bytes]] = []
+
+    class Outlived:
+        over: asyncio.Event
+
+        async def begin(self, request: BytesValue, context: aio.Context) -> BytesValue:
+            contexts.append(weakref.ref(context))
+            tasks.append(asyncio.create_task(self.goes_on()))
+            return BytesValue()
+
+        async def goes_on(self) -> bytes:
+            await self.over.wait()
+            return seen(trace.current())
+
+    async def main() -> None:
+        path = str(session_root / "outlived.sock")
+        implementation = Outlived()
+        implementation.over = asyncio.Event()
+        async with aio.Server() as server:
+            server.register(described, implementation)
+            await server.listen(path)
+            async with aio.Client(path) as client:
+                await client.call("outlived.Outlived", "Begin", b"", BytesValue, HANG, METADATA)
+        gc.collect()
+        assert contexts[0]() is None
+        implementation.over.set()
+        assert await tasks[0] == f"{PARENT} a=1,b=2".encode()
+
+    asyncio.run(main())
 
 
 RUNTIME = """#!/bin/sh

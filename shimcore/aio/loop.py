@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .._ttrpc import Context
     from ..errors import ShimError
     from ..jobs import Task as Waiter
-    from ..trace import Trace
 
     T = TypeVar("T")
     Make = Callable[[], Coroutine[Any, Any, Any]]
@@ -167,15 +166,6 @@ class Loop:
             self.loop.stop()
 
 
-class _Handled:
-    """What trace.calling is set to. Not the call's Context: tasks that outlive the call would keep its connection."""
-
-    __slots__ = ("trace",)
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-
-
 class Call(Op):
     """One call of an author's coroutine, awaited by a coroutine of the RPC thread.
 
@@ -212,8 +202,7 @@ class Call(Op):
         assert make is not None
         try:
             inside = copy_context()
-            if self._trace is not None:
-                inside.run(calling.set, _Handled(self._trace))
+            inside.run(calling.set, self._trace)
             self._task = self._loop.loop.create_task(make(), context=inside)
         except BaseException as error:  # a method that takes other arguments
             self._back(None, error)

@@ -113,7 +113,7 @@ class Call:
         self._callbacks: list[Callable[[], None]] = []
 
     async def run(self, request: Any) -> None:
-        trace.calling.set(self.context)  # this task's alone
+        trace.calling.set(self.context.trace)  # for this task alone, and those that it makes
         try:
             left = self.context.remaining
             async with asyncio.timeout(left) as limit:
