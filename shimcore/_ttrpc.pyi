@@ -106,5 +106,6 @@ class Server:
     def stats(self) -> dict[str, int]:
         """connections and in_flight (calls) now; calls, failures (answers with an error) and stood_in (times that the stand-in
         had to act) so far."""
-    def shutdown(self, timeout: float = 5.0) -> None:
-        """No new connections or calls; calls in flight are answered for at most timeout seconds; then everything is closed."""
+    def shutdown(self, timeout: float = 5.0) -> bool:
+        """No new connections or calls; calls in flight are answered for at most timeout seconds; then everything is closed.
+        Whether the thread in run() has ended, for which it waits as many seconds once more."""

@@ -537,11 +537,11 @@ cdef class Server:
                 self.closed = True
                 with nogil:
                     sc_server_close_all(self.s)
-            return
+            return True
         self.idle.wait(timeout)
         with nogil:
             sc_server_stop(self.s)
-        self.ended.wait(timeout)
+        return self.ended.wait(timeout)
 
 
 def intercepted(interceptor, handler):

@@ -9,6 +9,8 @@ from . import _reaper, logger, monitor
 from .daemon import PRINTED, READY, READY_ENV, SOCKET_FD, start_thread
 from .debug import Debug, no_crash, report, watch_for_crashes
 from .errors import FailedPrecondition, Unavailable
+from .jobs import Task as Coroutine
+from .jobs import resume
 from .publisher import RemotePublisher, new_core
 from .shim import one_line, prepare
 
@@ -71,7 +73,6 @@ def _alive(core: _reaper.Core) -> bool:
 
 def _tear_down(core: _reaper.Core, task: Task, slot: _reaper.Slot) -> None:
     from ._ttrpc import COROUTINE
-    from .jobs import Task as Coroutine
     from .task import kind_of
 
     teardown = task._served("teardown")
@@ -109,8 +110,6 @@ def _note(
     def tell(task: Task, hook: str, *args: Any) -> None:
         made = task._served(hook)(*args)
         if made is not None:
-            from .jobs import Task as Coroutine
-
             Coroutine(core, made).step()
 
     if task is not None:
@@ -145,6 +144,16 @@ def _note(
     return handle
 
 
+def _take(core: _reaper.Core, handle: Callable[[tuple[Any, ...]], None], timeout: float | None = None) -> None:
+    """Wait for notes, at most so many seconds, and handle them as the RPC thread does, where there is none."""
+    for note in core.notes(timeout):
+        try:
+            if not resume(note):
+                handle(note)
+        except BaseException as error:
+            logger.error("a note's handler failed", note=str(note), error=repr(error))
+
+
 # ---- delete ----
 
 LEFT_TIMEOUT = 2.0  # seconds for a dead shim's events; containerd kills `delete` after 5
@@ -168,7 +177,6 @@ def _send_left(core: _reaper.Core, invocation: Invocation) -> None:
 def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocation) -> bytes:
     """Make the shim and let it clean up, children being reaped meanwhile; DeleteResponse, serialized."""
     from .bootstrap import encode_delete
-    from .jobs import resume
 
     core = new_core(invocation.flags.namespace, invocation.ttrpc_address)
     core.tell_pids = True
@@ -176,12 +184,7 @@ def delete(cls: type[Shim], runtime_id: str, config: Config, invocation: Invocat
     def notes() -> None:
         handle = _note(core, None, core.stop)
         while True:
-            for note in core.notes():
-                try:
-                    if not resume(note):
-                        handle(note)
-                except BaseException as error:
-                    logger.error("a note's handler failed", note=str(note), error=repr(error))
+            _take(core, handle)
 
     def work() -> bytes:
         shim = cls(runtime_id, invocation.flags, config)
@@ -406,13 +409,16 @@ def _serve(
     if socket.spill and (state is None or state["core"]["spill"] is None):
         core.spill(socket.spill)
     publisher = RemotePublisher(core, flags.namespace)
-    task = shim._make_task(publisher, False)
+    task = shim._make_task(publisher)
+    early = _note(core, task, shim.exit.signal, None, life.asked)
+    shim._set_up(lambda timeout: _take(core, early, timeout))
     server = new_server(core, shim, task, publisher)
     server.add_listener(SOCKET_FD)
     debug = Debug(core, server, task, runtime_id=runtime_id, flags=flags, bundle=bundle, socket=socket.path)
     life.shim, life.debug = shim, debug
     life.serve_upgrades()
-    server.on_note(_note(core, task, shim.exit.signal, debug, life.asked))
+    handle = _note(core, task, shim.exit.signal, debug, life.asked)
+    server.on_note(handle)
     if state is not None:
         from . import upgrade
 
@@ -449,7 +455,7 @@ def _serve(
         logger.info("shutting down")
         debug.close()
         socket.remove()  # soon: whoever starts a shim of this name now must not find one that is about to end
-        server.shutdown(SHUTDOWN_TIMEOUT)
-        shim._end()
+        ended = server.shutdown(SHUTDOWN_TIMEOUT)
+        shim._end((lambda timeout: _take(core, handle, timeout)) if ended else None)
         core.drain(SHUTDOWN_TIMEOUT)
         no_crash(bundle)

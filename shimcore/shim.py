@@ -18,6 +18,7 @@ from .errors import InvalidArgument, from_exception
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
     from google.protobuf.message import Message
@@ -79,13 +80,22 @@ class Shim:
         """The service that the daemon serves."""
         raise NotImplementedError(f"{type(self).__name__}.create_task_service")
 
-    # For a flavour that has more to begin and to end than the server (aio). trial: of an upgrade, which serves nothing.
+    # For a flavour that has more to begin and to end than the server (aio). `take` waits for notes of the core, at most so many
+    # seconds, and handles them: nobody else does where these are called.
 
-    def _make_task(self, publisher: RemotePublisher, trial: bool) -> Task:
+    def _make_task(self, publisher: RemotePublisher) -> Task:
+        """Also for the trial of an upgrade, which goes no further."""
         return self.create_task_service(publisher)
 
-    def _end(self) -> None:
-        """Once calls are served no more."""
+    def _set_up(self, take: Callable[[float | None], None]) -> None:
+        """Before anything is served."""
+
+    def _end(self, take: Callable[[float | None], None] | None) -> None:
+        """Once calls are served no more. None: the RPC thread does not end, and takes the notes."""
+
+    def _unfinished(self) -> str | None:
+        """What an upgrade has to wait for, besides calls and the core."""
+        return None
 
     def register_services(self, server: Server, publisher: RemotePublisher) -> None:
         """Register services besides Task, if the shim has any."""

@@ -176,7 +176,7 @@ def _busy(life: Life, context: Context) -> str | None:
         return f"calls are under way: {', '.join(calls)}"
     if not debug.core.pool.idle:
         return "a thread of the pool is at work"
-    return debug.core.busy()
+    return debug.core.busy() or life.shim._unfinished()
 
 
 async def _hand_over(life: Life, command: list[str], context: Context, began: float, timeout: float) -> NoReturn:
@@ -279,7 +279,7 @@ def rehearse(cls: type[Shim], runtime_id: str, config: Config, invocation: Invoc
     core.restore(state["core"])
     shim = cls(runtime_id, invocation.flags, config)
     publisher = RemotePublisher(core, invocation.flags.namespace)
-    task = shim._make_task(publisher, True)
+    task = shim._make_task(publisher)
     task.take_over(state["task"])
     serve.new_server(core, shim, task, publisher)
     return f"{_READY}{__version__}\n".encode()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import textwrap
 from collections.abc import Callable
 
 import pytest
 
+from shimcore import errors
 from shimcore.protos import task_pb2
 from shimcore.ttrpc import Client
 from tests.authors import HANG, TASK, Installed, Make, author
@@ -61,6 +65,22 @@ class Author(aio.Shim):
 INSIDE = f"shim.inside.wait({HANG})"
 ENDED = f"shim.ended.wait({HANG})"
 
+# For a Service that has processes.
+EXITS = """
+    class Service(Service):
+        def make(self, id, exec_id=""):
+            slot = self.core.reserve(id, exec_id) if exec_id else self.core.open(id)
+            if exec_id:
+                slot.open()
+            pid, pidfd = _reaper.spawn(["sleep", "1000"], new_session=True)
+            os.close(pidfd)
+            slot.bind(pid)
+            slot.announce()
+            return pid
+        def exit(self, pid):
+            os.kill(pid, 9)
+"""
+
 Shims = Callable[..., Installed]
 
 
@@ -73,3 +93,13 @@ def shim(author: Make) -> Shims:
 def create(client: Client, id: str, timeout: float = HANG) -> task_pb2.CreateTaskResponse:
     request = task_pb2.CreateTaskRequest(id=id)
     return client.call(TASK, "Create", request, task_pb2.CreateTaskResponse, timeout=timeout)
+
+
+def gone(made: Installed, address: str) -> None:
+    """Shutdown has ended the daemon."""
+    pidfd = os.pidfd_open(made.look(address, "os.getpid()"))
+    made.started.remove(address)
+    with contextlib.suppress(errors.Closed), Client(address) as client:
+        client.call(TASK, "Shutdown", task_pb2.ShutdownRequest(id="c1"), timeout=HANG)
+    assert select.select([pidfd], [], [], HANG)[0], "the daemon does not end"
+    os.close(pidfd)

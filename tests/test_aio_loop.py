@@ -18,8 +18,8 @@ from shimcore.protos import task_pb2
 from shimcore.rig import Events, Rig
 from shimcore.rig.templates import end_templates
 from shimcore.ttrpc import Client
-from tests.aio_authors import ENDED, INSIDE, Shims, create, shim
-from tests.authors import HANG, TASK, Installed, Make, author, log_of, until
+from tests.aio_authors import ENDED, EXITS, INSIDE, Shims, create, gone, shim
+from tests.authors import HANG, TASK, Make, author, log_of, until
 from tests.upgrades import command
 from tests.upgrades import until as soon
 
@@ -85,22 +85,6 @@ def test_what_belongs_on_the_loop() -> None:
         aio.spawn(["true"])
 
 
-EXITS = """
-    class Service(Service):
-        def make(self, id, exec_id=""):
-            slot = self.core.reserve(id, exec_id) if exec_id else self.core.open(id)
-            if exec_id:
-                slot.open()
-            pid, pidfd = _reaper.spawn(["sleep", "1000"], new_session=True)
-            os.close(pidfd)
-            slot.bind(pid)
-            slot.announce()
-            return pid
-        def exit(self, pid):
-            os.kill(pid, 9)
-"""
-
-
 def test_exits_of_a_container_are_told_in_order(shim: Shims) -> None:
     made = shim(
         EXITS
@@ -131,6 +115,7 @@ def test_exits_of_a_container_are_told_in_order(shim: Shims) -> None:
         assert made.look(address, f"shim.of_c1.wait({HANG})")
         assert made.look(address, "task.said") == ["one", "other", "done", "two"]
         made.look(address, "task.exit(shim.core.find('c1').pid)")
+        soon("acknowledged", lambda: made.look(address, "shim.core.stats()['acknowledged'] == 4"))
 
 
 def test_teardown_comes_before_the_exit_is_told(shim: Shims) -> None:
@@ -157,6 +142,7 @@ def test_teardown_comes_before_the_exit_is_told(shim: Shims) -> None:
         made.look(address, "shim.go.set()")
         assert made.look(address, f"shim.told.wait({HANG})")
         assert made.look(address, "task.said") == ["done", "told"]
+        soon("acknowledged", lambda: made.look(address, "shim.core.stats()['acknowledged'] == 1"))
 
 
 def test_a_hook_that_fails_does_not_end_the_others(shim: Shims) -> None:
@@ -217,7 +203,7 @@ def test_a_task_of_asyncio_in_another_shim(author: Make) -> None:
     done = author("""
         from shimcore import aio
         class Service(aio.Task):
-            async def create(self, request, context):
+            async def on_exit(self, slot):
                 pass
         class Author(Author):
             def create_task_service(self, publisher):
@@ -225,16 +211,6 @@ def test_a_task_of_asyncio_in_another_shim(author: Make) -> None:
     """).run("start")
     assert done.returncode == 1
     assert "Service is a Task of shimcore.aio" in done.stderr
-
-
-def gone(made: Installed, address: str) -> None:
-    """Shutdown has ended the daemon."""
-    pidfd = os.pidfd_open(made.look(address, "os.getpid()"))
-    made.started.remove(address)
-    with contextlib.suppress(errors.Closed), Client(address) as client:
-        client.call(TASK, "Shutdown", task_pb2.ShutdownRequest(id="c1"), timeout=HANG)
-    assert select.select([pidfd], [], [], HANG)[0], "the daemon does not end"
-    os.close(pidfd)
 
 
 def test_the_end_of_a_loop(shim: Shims) -> None:

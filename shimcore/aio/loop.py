@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from _contextvars import copy_context
 from _thread import _local
+from time import monotonic
 
 from .. import logger
 from .._reaper import ExitSignal
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
     Make = Callable[[], Coroutine[Any, Any, Any]]
+    Take = Callable[[float | None], None]
 
 _here = _local()
 
@@ -65,6 +67,8 @@ class Loop:
         self.loop.set_exception_handler(_failed)
         self.waiting: dict[Slot, list[asyncio.Future[None]]] = {}  # for exits; see process.exited
         self._queues: dict[str, tuple[deque[Make], asyncio.Task[None]]] = {}
+        self._put_in = 0  # what in_order was given so far; counted by its callers' thread
+        self._worked_off = 0  # counted by the loop's
         self._ending: asyncio.Task[None] | None = None
         self._stopped = False
         self._ended = ExitSignal()
@@ -82,6 +86,7 @@ class Loop:
                 logger.error("a coroutine has left the loop", error=repr(error))
         self.loop.close()
         self._ended.signal()
+        self.core.post(bool)  # who ends it may wait for notes
 
     def call(self, function: Callable[..., object], *args: Any) -> None:
         """Have a function called on the loop, from any thread. Raises Unavailable once it is closed."""
@@ -90,15 +95,28 @@ class Loop:
         except RuntimeError:
             raise Unavailable("the shim is about to end") from None
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end, from a thread that may wait for it."""
+    def run(self, coroutine: Coroutine[Any, Any, T], take: Take | None = None) -> T:
+        """Run a coroutine to its end, from a thread that may wait for it. take: handles the core's notes, which ends of jobs and
+        exits are, where no RPC thread does."""
         from asyncio import run_coroutine_threadsafe
 
-        return run_coroutine_threadsafe(coroutine, self.loop).result()
+        future = run_coroutine_threadsafe(coroutine, self.loop)
+        if take is not None:
+            future.add_done_callback(lambda _: self.core.post(bool))  # a note, as notes are waited for
+            while not future.done():
+                take(None)
+        return future.result()
 
     def in_order(self, key: str, make: Make) -> None:
-        """Run a coroutine after those that were put under the same key before it, from any thread. An error of it is logged."""
+        """Run a coroutine after those that were put under the same key before it, from the thread that takes the core's notes. An
+        error of it is logged."""
         self.call(self._put, key, make)
+        self._put_in += 1
+
+    @property
+    def in_order_ended(self) -> bool:
+        """Nothing that was put in is left to be done."""
+        return self._put_in == self._worked_off
 
     def _put(self, key: str, make: Make) -> None:
         from collections import deque
@@ -121,6 +139,8 @@ class Loop:
                     if me.cancelling():  # the loop ends
                         raise
                     report(error, "a hook")
+                finally:
+                    self._worked_off += 1
         finally:
             del self._queues[key]
 
@@ -130,13 +150,17 @@ class Loop:
             if not future.done():
                 future.set_result(None)
 
-    def end(self, cleanup: Make, timeout: float) -> None:
-        """End it, from a thread that may wait: the cleanup, then what runs in it is cancelled. timeout: seconds for either."""
+    def end(self, cleanup: Make, timeout: float, take: Take | None = None) -> None:
+        """End it, from a thread that may wait: what was put in order ends, then the cleanup, then what runs in it is cancelled.
+        timeout: seconds for each. take: as for `run`."""
         try:
             self.call(self._begin_end, cleanup, timeout)
         except Unavailable:
             return
-        if not self._ended.wait(2 * timeout + 1):
+        until = monotonic() + 3 * timeout + 1
+        while take is not None and not self._ended.is_set() and (left := until - monotonic()) > 0:
+            take(left)
+        if not self._ended.wait(until - monotonic()):
             logger.error("the loop does not end: a coroutine blocks its thread")
 
     def _begin_end(self, cleanup: Make, timeout: float) -> None:
@@ -156,6 +180,7 @@ class Loop:
                 logger.warn("a task does not end", task=getattr(task.get_coro(), "__qualname__", repr(task)))
 
         try:
+            await settle({task for _, task in self._queues.values()})
             await settle({self.loop.create_task(cleanup())})
             running = asyncio.all_tasks() - {self._ending}
             for task in running:
@@ -186,9 +211,10 @@ class Call(Op):
 
     def begin(self, task: Waiter) -> bool:
         self._waiter = task
+        context = self._context  # which _back lets go of
         self._loop.call(self._start)
-        if self._context is not None:
-            self._context.on_cancel(self._gone)
+        if context is not None:
+            context.on_cancel(self._gone)
         return False
 
     def _gone(self) -> None:

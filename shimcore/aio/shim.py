@@ -9,7 +9,7 @@ from .task import Task
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..publisher import RemotePublisher
-    from .loop import Loop
+    from .loop import Loop, Take
 
 
 class Shim(shim.Shim):
@@ -19,7 +19,8 @@ class Shim(shim.Shim):
     coroutine itself: what has to be awaited goes into `setup`.
     """
 
-    stop_timeout = 2.0  # seconds at the daemon's end for `cleanup`, and as many for tasks of the loop to heed their cancellation
+    # Seconds at the daemon's end for hooks that are under way, as many for `cleanup`, and for tasks to heed their cancellation.
+    stop_timeout = 2.0
 
     _loop: Loop | None = None
 
@@ -27,14 +28,14 @@ class Shim(shim.Shim):
         """Called once in the daemon, after create_task_service and before `start` is answered: what it raises fails the start."""
 
     async def cleanup(self) -> None:
-        """Called once when no call is served any more, before the tasks of the loop are cancelled."""
+        """Called once when no call is served any more and hooks have ended, before the tasks of the loop are cancelled."""
 
     @classmethod
     def preload(cls) -> None:
         """Imports asyncio. Who overrides it calls it."""
         import asyncio  # noqa: F401
 
-    def _make_task(self, publisher: RemotePublisher, trial: bool) -> task.Task:
+    def _make_task(self, publisher: RemotePublisher) -> task.Task:
         from .loop import Loop
 
         loop = self._loop = Loop(publisher.core)
@@ -45,12 +46,17 @@ class Shim(shim.Shim):
                 raise InvalidArgument(f"create_task_service returns {made!r}, no Task: what is to be awaited goes into setup")
             if isinstance(made, Task):
                 made._loop = loop
-            if not trial:
-                await self.setup()
             return made
 
         return loop.run(make())
 
-    def _end(self) -> None:
+    def _set_up(self, take: Take) -> None:
+        assert self._loop is not None
+        self._loop.run(self.setup(), take)
+
+    def _end(self, take: Take | None) -> None:
         if self._loop is not None:
-            self._loop.end(self.cleanup, self.stop_timeout)
+            self._loop.end(self.cleanup, self.stop_timeout, take)
+
+    def _unfinished(self) -> str | None:
+        return None if self._loop is None or self._loop.in_order_ended else "a hook is under way"

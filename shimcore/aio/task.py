@@ -51,14 +51,14 @@ class Task(task.Task):
     _loop: Loop | None = None  # set by the Shim
 
     def _served(self, name: str) -> Any:
+        loop = self._running()
         method = getattr(self, name, None)
         if name == "on_exit":
-            return self._exits(method)
+            return _exits(loop, method)
         if method is None or kind_of(method) != COROUTINE:
             return method
-        loop = self._running()
         if name in _HOOKS:
-            return lambda *args: _in_order(loop, name, lambda: method(*args))
+            return lambda *args: _unless_ended(loop.in_order, name, lambda: method(*args))
         if name == "teardown":
 
             async def tear_down(slot: Slot) -> None:
@@ -77,23 +77,23 @@ class Task(task.Task):
             raise FailedPrecondition(f"{type(self).__name__} is a Task of shimcore.aio, and so its shim has to be a Shim of it")
         return self._loop
 
-    def _exits(self, hook: Any) -> Callable[[Slot], None]:
-        loop = self._running()
-        later = kind_of(hook) == COROUTINE
 
-        def told(slot: Slot) -> None:
-            if slot in loop.waiting:
-                loop.call(loop.told, slot)
-            if later:
-                _in_order(loop, f"exit {slot.container_id}", lambda: hook(slot))
-            else:
-                hook(slot)
+def _exits(loop: Loop, hook: Any) -> Callable[[Slot], None]:
+    later = kind_of(hook) == COROUTINE
 
-        return told
+    def told(slot: Slot) -> None:
+        if slot in loop.waiting:
+            _unless_ended(loop.call, loop.told, slot)
+        if later:
+            _unless_ended(loop.in_order, f"exit {slot.container_id}", lambda: hook(slot))
+        else:
+            hook(slot)
+
+    return told
 
 
-def _in_order(loop: Loop, key: str, make: Callable[[], Any]) -> None:
+def _unless_ended(function: Callable[..., None], *args: Any) -> None:
     try:
-        loop.in_order(key, make)
+        function(*args)
     except Unavailable:  # the loop has ended, and with it the shim is about to
         pass
