@@ -255,13 +255,15 @@ def run(runtime_id: str, shim: type[Shim] | str, config: Config | None = None) -
     whatever its module prints cannot reach containerd; `python -m shimcore.install` writes executables that use it.
     An error is told in one line on stderr, and the exit status is 1.
     """
-    import gc
-
-    gc.disable()  # a collection finds nothing in what is only imported; a daemon has it on again once it serves
     if sys.argv[1:2] == ["--shimcore-template"]:
         from .template import main
 
         main(runtime_id, shim, config or bootstrap.Config(), sys.argv[2:])
+    import gc
+
+    # A collection finds next to nothing in what is only imported; a daemon has it on again once it serves. Not in a template: what it
+    # finds late leaves holes all over, and so do forks that put something there.
+    gc.disable()
     act(runtime_id, shim, config or bootstrap.Config(), _Guard())
 
 
