@@ -261,8 +261,8 @@ def run(runtime_id: str, shim: type[Shim] | str, config: Config | None = None) -
         main(runtime_id, shim, config or bootstrap.Config(), sys.argv[2:])
     import gc
 
-    # A collection finds next to nothing in what is only imported; a daemon has it on again once it serves. Not in a template: what it
-    # finds late leaves holes all over, and so do forks that put something there.
+    # A collection finds next to nothing in what is only imported; a daemon has it on again once it serves. Not so in a template:
+    # what is found late leaves holes all over it, and what its forks put there is in so many pages of their own.
     gc.disable()
     act(runtime_id, shim, config or bootstrap.Config(), _Guard())
 
