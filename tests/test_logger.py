@@ -15,6 +15,7 @@ import pytest
 
 from shimcore import logger as log
 from tests.authors import Make, author
+from tests.faults import until
 
 __all__ = ["author"]
 
@@ -408,8 +409,14 @@ def test_a_shim_that_logs_json(author: Make, way: str) -> None:
     """
     shim = author(source if way == "configuration" else "")
     address = shim.start(env={"SHIMCORE_LOG_FORMAT": "json"} if way == "environment" else {})
-    lines = shim.look(address, "sys.modules['shimcore.logger'].get_logger().recent")
+    serving: list[dict[str, object]] = []
+
+    def look() -> bool:  # it is logged once the address has been told
+        lines = shim.look(address, "sys.modules['shimcore.logger'].get_logger().recent")
+        serving[:] = [one for one in map(json.loads, lines) if one["msg"] == "serving"]
+        return bool(serving)
+
+    until(look)
     assert not shim.look(address, "'json' in sys.modules")
-    serving = [one for one in map(json.loads, lines) if one["msg"] == "serving"]
     assert [(one["level"], one["namespace"], one["id"]) for one in serving] == [("info", shim.namespace, "c1")]
     assert serving[0]["pid"] == shim.pid(address)

@@ -115,9 +115,10 @@ def test_an_event_of_an_authors_own(remote: RemotePublisher, address: Path) -> N
 
     with Events(address) as events:
         remote.publish("/mine", Duration(seconds=3), container_id="c")
-        event = events.wait("/mine", timeout=HANG)
-        assert event.message.type_url == "google.protobuf.Duration"
-        assert Duration.FromString(event.message.value) == Duration(seconds=3)
+        assert events.wait("/mine", timeout=HANG).message == Duration(seconds=3)
+        remote.core.publish("/mine", "mine.NobodyHasImportedIt", b"x", "c", "")
+        message = events.wait("/mine", count=2, timeout=HANG).message
+        assert (message.type_url, message.value) == ("mine.NobodyHasImportedIt", b"x")
 
 
 def test_an_empty_event(remote: RemotePublisher, address: Path) -> None:
