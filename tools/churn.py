@@ -26,7 +26,7 @@ from typing import TypeVar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from churned import HANG, Watched, dump  # noqa: E402
+from churned import HANG, Watched, dump, in_parts  # noqa: E402
 
 from shimcore.errors import Closed, DeadlineExceeded, NotFound, ShimError  # noqa: E402
 from shimcore.install import install  # noqa: E402
@@ -207,21 +207,14 @@ class Churn:
         self.daemons = [Daemon(rig, number) for number in range(args.pods)]
 
     def run(self) -> None:
-        """In ten parts; after each the daemons have nothing to do, and are looked at. The first warms them up: modules are
-        imported, the allocator takes what it will need."""
-        for part in range(1, 11):
-            numbers = iter(range(self.args.count * (part - 1) // 10, self.args.count * part // 10))
-            workers = [threading.Thread(target=self._work, args=(numbers,)) for _ in range(self.args.workers)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
+        """After each part the daemons have nothing to do, and are looked at."""
+        for count in in_parts(self.args.count, self.args.workers, self._work):
             if self.failed:
                 return
             for daemon in self.daemons:
                 daemon.settle()
             figures = ", ".join(daemon.sample() for daemon in self.daemons)
-            print(f"{self.args.count * part // 10:7} containers   private memory {figures}", flush=True)
+            print(f"{count:7} containers   private memory {figures}", flush=True)
 
     def _work(self, numbers: Iterator[int]) -> None:
         for number in numbers:  # a range's iterator may be shared by threads

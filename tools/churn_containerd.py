@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from churned import HANG, Watched, dump, open_files
+from churned import HANG, Watched, dump, in_parts, open_files
 
 from shimcore.address import socket_address
 from shimcore.cli import nodes
@@ -225,14 +225,8 @@ class Churn:
         self.idle_fds = len(open_files(daemon.pid))
 
     def run(self) -> None:
-        """In ten parts; after each nothing but the pods may be listed, and they are looked at. The first warms them up."""
-        for part in range(1, 11):
-            numbers = iter(range(self.args.count * (part - 1) // 10, self.args.count * part // 10))
-            workers = [threading.Thread(target=self._work, args=(numbers,)) for _ in range(self.args.workers)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
+        """After each part nothing but the pods may be listed, and they are looked at."""
+        for count in in_parts(self.args.count, self.args.workers, self._work):
             if self.failed:
                 return
             try:
@@ -244,7 +238,7 @@ class Churn:
                 return
             figures = ", ".join(pod.sample() for pod in self.pods)
             fds = len(open_files(self.daemon.pid))
-            print(f"{self.args.count * part // 10:7} containers   private memory {figures}   containerd {fds} fds", flush=True)
+            print(f"{count:7} containers   private memory {figures}   containerd {fds} fds", flush=True)
 
     def _only_pods(self) -> None:
         """Wait until nothing else is listed: a Create that was given up may end after its container was removed."""

@@ -6,7 +6,9 @@ import collections
 import contextlib
 import json
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shimcore.cli import nodes
@@ -16,6 +18,20 @@ HANG = 60.0
 PATIENCE = 5.0
 # kB: Python takes its memory from the system in pieces of this size, so that one of them more is no growth yet.
 ARENA = 1024
+
+
+def in_parts(count: int, workers: int, work: Callable[[Iterator[int]], None]) -> Iterator[int]:
+    """Have `work` live the lives of the numbers that it gets, ten times a tenth of `count`, by so many threads at once. Yields
+    how many there have been, when nobody is at work. The first tenth warms the daemons up: modules are imported, the allocator
+    takes what it will need."""
+    for part in range(1, 11):
+        numbers = iter(range(count * (part - 1) // 10, count * part // 10))
+        threads = [threading.Thread(target=work, args=(numbers,)) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        yield count * part // 10
 
 
 def dump(pids: set[int]) -> None:
