@@ -13,7 +13,20 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import EADDRINUSE, EAGAIN, ECONNREFUSED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOENT, ENOMEM, ENOTSOCK
+from errno import (
+    EADDRINUSE,
+    EAGAIN,
+    ECONNREFUSED,
+    ECONNRESET,
+    EINTR,
+    EMFILE,
+    ENFILE,
+    ENOBUFS,
+    ENOENT,
+    ENOMEM,
+    ENOTSOCK,
+    EPIPE,
+)  # fmt: skip
 
 from .errors import AlreadyExists, InvalidArgument, NotFound
 
@@ -244,6 +257,36 @@ def wait_socket_working(address: str, interval_ms: int = 5, count: int = 200) ->
 
         time.sleep(interval_ms / 1000)
     raise InvalidArgument("count must be at least 1")
+
+
+# A ttrpc request (stream 1, type 1) for a service and method of no name that any server has: whoever lives refuses it.
+_KNOCK = b"\0\0\0\x0c\0\0\0\x01\x01\0" + b"\n\x05knock\x12\x03who"
+KNOCK_TIMEOUT = 1.0  # seconds; a shim that is stopped lives
+
+
+def somebody_answers(address: str) -> bool:
+    """Whether a shim lives at the address. That it takes a connection is no proof: a process that is being killed, and a fork of
+    its own that has not become another program yet, hold the listener for a moment longer, and the connection ends with them.
+    Raises as wait_socket_working does."""
+    if not wait_socket_working(address):
+        return False
+    _, name = _local_name(address)
+    sock = _new_socket(0)
+    try:
+        sock.settimeout(KNOCK_TIMEOUT)
+        sock.connect(name)
+        sock.sendall(_KNOCK)
+        return bool(sock.recv(1))
+    except TimeoutError:
+        return True
+    except OSError as error:
+        if error.errno in (ECONNREFUSED, ENOENT, ECONNRESET, EPIPE):
+            return False
+        if error.errno == EAGAIN:  # its backlog is full
+            return True
+        raise
+    finally:
+        sock.close()
 
 
 def remove_socket(address: str) -> bool:

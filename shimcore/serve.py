@@ -161,12 +161,12 @@ LEFT_TIMEOUT = 2.0  # seconds for a dead shim's events; containerd kills `delete
 
 def _send_left(core: _reaper.Core, invocation: Invocation) -> None:
     """Hand over what the shim of this bundle could not, unless that shim lives and will do so itself."""
-    from .address import known_address, parse_sockaddr, wait_socket_working
+    from .address import known_address, parse_sockaddr, somebody_answers
 
     try:
         address = known_address(invocation.flags.bundle or ".")
         path = spill_path(parse_sockaddr(address)[1])
-        if not invocation.ttrpc_address or not os.path.exists(path) or wait_socket_working(address):
+        if not invocation.ttrpc_address or not os.path.exists(path) or somebody_answers(address):
             return
         core.spill(path)
     except Exception:  # no bundle, no address: nothing was left that could be found

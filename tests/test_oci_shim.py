@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from shimcore.address import known_address
+from shimcore.address import known_address, somebody_answers
 from shimcore.bootstrap import Config, StartOpts, parse_flags
 from shimcore.errors import NotFound
 from shimcore.oci import shim
 from shimcore.oci.options import Options
+from shimcore.rig import Rig as RealRig
 from shimcore.util import write_options
 
 
@@ -132,6 +134,31 @@ def test_delete_removes_a_dead_shims_socket(tmp_path: Path) -> None:
     server.close()
     delete(tmp_path)
     assert not path.exists()
+
+
+# red: a connection that was taken was proof enough, and the sockets stayed
+def test_a_shim_that_is_just_dying_is_a_dead_one(tmp_path: Path) -> None:
+    """What is left of it holds the listener when `delete` connects, and no longer."""
+    path = tmp_path / "s"
+    server = listener(path)
+    (tmp_path / "c1").mkdir()
+    (tmp_path / "c1/address").write_text(f"unix://{path}")
+    last = os.fork()
+    if not last:
+        select.select([server], [], [])  # somebody connects: and that was its last moment
+        os._exit(0)
+    server.close()
+    delete(tmp_path)
+    os.waitpid(last, 0)
+    assert not path.exists()
+
+
+def test_somebody_answers(tmp_path: Path, shim_dir: Path) -> None:
+    with RealRig(shim_dir / "containerd-shim-runc-v2-py") as rig:
+        box = rig.container(["true"])
+        assert somebody_answers(box.started.address)
+        assert not somebody_answers(f"unix://{tmp_path}/nobody")
+        box.end()
 
 
 # red: the address looked for in the shim's own file alone

@@ -307,7 +307,7 @@ def _umount(rootfs: str) -> None:
 def _remove_dead_socket(bundle: str, flags: Flags) -> None:
     """A shim that was killed leaves its socket; that of a group's living shim answers, and stays. A `start` that was killed
     may have left one before there was an address file."""
-    from ..address import known_address, noted_socket_dir, remove_socket, socket_address, wait_socket_working
+    from ..address import known_address, noted_socket_dir, remove_socket, socket_address, somebody_answers
 
     try:
         try:
@@ -315,7 +315,7 @@ def _remove_dead_socket(bundle: str, flags: Flags) -> None:
         except NotFound:
             group, folder = _group(bundle, flags.id), noted_socket_dir(bundle)
             address = socket_address(flags.address, flags.namespace, group, socket_dir=folder)
-        if not wait_socket_working(address):
+        if not somebody_answers(address):
             remove_socket(address)
     except ShimError:
         pass  # an address that is none of a socket's
