@@ -359,6 +359,18 @@ def write_address(address: str, bundle: str = ".") -> None:
     write_str_to_file(os.path.join(bundle, ADDRESS_FILE), address)
 
 
+def withdraw_address() -> None:
+    """Undo write_address in the bundle that is our cwd, since nobody was told. A bundle that containerd is about to remove, which
+    it renames to `.ID` first, goes too: if the address was written in the middle of that, it has not gone."""
+    try:
+        os.unlink(ADDRESS_FILE)
+        bundle = os.getcwd()
+        if os.path.basename(bundle).startswith("."):
+            os.rmdir(bundle)
+    except OSError:  # there is none, or more is in it
+        pass
+
+
 def read_address(bundle: str = ".") -> str:
     """The address in the bundle, byte for byte. Raises NotFound (no file, or an empty one), OSError."""
     path = os.path.join(bundle, ADDRESS_FILE)

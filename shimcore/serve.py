@@ -448,7 +448,14 @@ def _serve(
         if warm is None or warm.bound is not None:
             core.pool.submit(lambda: _preload(cls))
         logger.info("serving", pid=os.getpid())
-        ready.confirmed()
+        try:
+            ready.confirmed()
+        except Unavailable:
+            from .address import withdraw_address
+
+            no_crash(os.curdir)
+            withdraw_address()
+            raise
         shim.wait()
     finally:
         life.lock.acquire()

@@ -571,10 +571,24 @@ def test_a_launcher_that_dies_before_its_go_has_done_nothing(rig: Rig, warm: War
 
 def test_a_launcher_that_dies_after_its_go_has_everything_undone(rig: Rig, warm: Warm) -> None:
     request, bundle = start_request(rig, warm, "after")
+    before = sorted(os.listdir(bundle))
     assert request.socket.recv(1) == b"R"
     request.socket.sendall(b"G")
     request.close()
     until(lambda: not sockets_of(rig, "after") and not daemons(bundle), what="a daemon was left, or its socket")
+    assert sorted(os.listdir(bundle)) == before
+
+
+# red: containerd, which removes the bundle of a `start` that it has killed, left a folder with our address in it
+def test_a_bundle_that_is_being_removed_goes_with_the_start_that_was_killed(rig: Rig, warm: Warm) -> None:
+    request, bundle = start_request(rig, warm, "removed")
+    assert request.socket.recv(1) == b"R"
+    hidden = bundle.rename(bundle.with_name(".removed"))  # containerd does this first, so that it is none any more at once
+    for path in hidden.iterdir():
+        path.unlink()
+    request.socket.sendall(b"G")
+    request.close()
+    until(lambda: not sockets_of(rig, "removed") and not daemons(hidden) and not hidden.exists())
 
 
 def daemons(bundle: Path) -> list[int]:
