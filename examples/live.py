@@ -60,6 +60,7 @@ class LiveTask(aio.Task, SkeletonTask):
         super().__init__(publisher, exit)
         self.output = Output()
         self.copying = None
+        self.fifo = -1
 
     async def start(self, request, context):
         slot = self.slot(request)
@@ -80,6 +81,7 @@ class LiveTask(aio.Task, SkeletonTask):
             raise errors.InvalidArgument(f"{argv[0]}: {error.strerror}") from None
         finally:
             os.close(writing)
+        self.fifo = fifo
         self.copying = asyncio.create_task(self.copy(reading, fifo))
         slot.set_status(RUNNING)
         started = events.TaskStart(container_id=request.id, pid=pid)
@@ -100,8 +102,6 @@ class LiveTask(aio.Task, SkeletonTask):
         finally:
             self.output.add(b"")
             pipe.close()
-            if fifo >= 0:
-                os.close(fifo)
 
     async def watch(self, reader, writer):
         with contextlib.suppress(ConnectionError), contextlib.closing(writer):
@@ -115,6 +115,9 @@ class LiveTask(aio.Task, SkeletonTask):
         answer = await asyncio.to_thread(super().delete, request, context)
         if self.copying is not None:  # a process that it has left behind may keep the pipe open
             await asyncio.wait({self.copying}, timeout=1)
+        if self.fifo >= 0:  # not before: who comes to read now finds what was written
+            os.close(self.fifo)
+            self.fifo = -1
         return answer
 
 

@@ -20,6 +20,7 @@ from shimcore import inline, ttrpc
 from shimcore.errors import Canceled, Closed, DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from shimcore.ttrpc.codec import encode_frame, encode_request
 from shimcore.ttrpc.names import python_name
+from tests.faults import until
 from tests.served import HANG, open_fds, resident
 
 NAME = "public.Store"
@@ -409,6 +410,7 @@ def test_reconnect_is_for_the_next_call_only(start: Start, address: str) -> None
         with pytest.raises(Closed):
             get(plain, b"x")
         second.shutdown(HANG)
+        until(lambda: len(ends) == 2)  # or a call may still go to the second
         third = start(Store())
         with ThreadPoolExecutor(8) as callers:
             assert set(callers.map(lambda _: get(client, b"y"), range(64))) == {b"y"}
