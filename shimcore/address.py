@@ -13,20 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import (
-    EADDRINUSE,
-    EAGAIN,
-    ECONNREFUSED,
-    ECONNRESET,
-    EINTR,
-    EMFILE,
-    ENFILE,
-    ENOBUFS,
-    ENOENT,
-    ENOMEM,
-    ENOTSOCK,
-    EPIPE,
-)  # fmt: skip
+from errno import EADDRINUSE, EAGAIN, ECONNREFUSED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOENT, ENOMEM, ENOTSOCK
 
 from .errors import AlreadyExists, InvalidArgument, NotFound
 
@@ -277,14 +264,10 @@ def somebody_answers(address: str) -> bool:
         sock.connect(name)
         sock.sendall(_KNOCK)
         return bool(sock.recv(1))
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):  # stopped; or its backlog is full
         return True
-    except OSError as error:
-        if error.errno in (ECONNREFUSED, ENOENT, ECONNRESET, EPIPE):
-            return False
-        if error.errno == EAGAIN:  # its backlog is full
-            return True
-        raise
+    except (ConnectionError, FileNotFoundError):
+        return False
     finally:
         sock.close()
 

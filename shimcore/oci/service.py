@@ -139,7 +139,7 @@ class RuncTask(Restore):
             raise InvalidArgument(f"checkpoint {request.checkpoint!r} is not an absolute path")
         stdio.check(request.stdin, request.stdout, request.stderr, self.the_streams)
         if context.cancelled:  # it had to wait for us: who has given up may be clearing the bundle away by now
-            jobs.Task(self.core, self._end_if_unused()).step()
+            self._end_soon()
             raise Canceled("the caller of Create has gone")
         constant = _constant_state(request, request.bundle)
         slot = self.core.reserve(request.id, "", constant) if request.checkpoint else self.core.open(request.id, constant)
@@ -161,7 +161,7 @@ class RuncTask(Restore):
                 init.forget()
                 del self.containers[request.id]
                 if context.cancelled:
-                    jobs.Task(self.core, self._end_if_unused()).step()
+                    self._end_soon()
         return task_pb2.CreateTaskResponse(pid=pid)
 
     async def _create(self, container: Container, request: task_pb2.CreateTaskRequest, context: Context) -> int:
